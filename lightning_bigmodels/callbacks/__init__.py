@@ -1,0 +1,8 @@
+"""What watches a run; Lightning's own callbacks come first."""
+
+from lightning_bigmodels.callbacks.predictions import PredictionWriter
+from lightning_bigmodels.callbacks.run_summary import RunSummary
+from lightning_bigmodels.callbacks.samples import Samples
+from lightning_bigmodels.callbacks.throughput import Throughput
+
+__all__ = ["PredictionWriter", "RunSummary", "Samples", "Throughput"]

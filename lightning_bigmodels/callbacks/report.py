@@ -1,0 +1,39 @@
+"""One way from a callback to every logger and to the run's folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Return the run's folder; all processes must ask, since the first one tells the others."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def report_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Send a table of text to each logger that can show one.
+
+    Args:
+        trainer: The run; its step becomes the table's.
+        name: What the loggers call it.
+        columns: Heads of the columns.
+        rows: One text for each column.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_text(key=name, columns=list(columns), data=[list(row) for row in rows])
+        elif isinstance(logger, TensorBoardLogger):
+            lines = [columns, ["---"] * len(columns), *rows]
+            text = "\n".join("| " + " | ".join(cell.replace("\n", "<br>") for cell in line) + " |" for line in lines)
+            logger.experiment.add_text(name, text, trainer.global_step)
+
+
+def show(trainer: Trainer, text: str) -> None:
+    """Print above the progress bar, if there is one."""
+    bar = trainer.progress_bar_callback
+    if bar is not None:
+        bar.print(text)
+    elif trainer.is_global_zero:
+        print(text, flush=True)

@@ -1,0 +1,60 @@
+"""Tokens per second and model FLOPs utilisation, in the loggers and in the progress bar."""
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ThroughputMonitor
+from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+_MATRIX = 1024
+
+
+class Throughput(ThroughputMonitor):
+    """Lightning's ThroughputMonitor for batches of tokens, needing no functions from the user.
+
+    On a CPU, whose peak no table knows, utilisation is relative to a matrix product measured at the start.
+
+    Args:
+        window_size: Batches over which rates are averaged.
+    """
+
+    def __init__(self, window_size: int = 10) -> None:
+        super().__init__(
+            batch_size_fn=lambda batch: len(batch["input_ids"]),
+            length_fn=lambda batch: batch["input_ids"].numel(),
+            window_size=window_size,
+        )
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.available_flops is None and trainer.strategy.root_device.type == "cpu":
+            self.available_flops = measure_matmul_flops(_plugin_to_compute_dtype(trainer.precision_plugin))
+            for throughput in self._throughputs.values():
+                throughput.available_flops = self.available_flops
+
+    @override
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, *args)
+        rate = self._throughputs[RunningStage.TRAINING].compute().get("device/items_per_sec")
+        if rate is not None:
+            pl_module.log("tokens_per_s", rate * trainer.world_size, prog_bar=True, logger=False, rank_zero_only=True)
+
+
+def measure_matmul_flops(dtype: torch.dtype) -> int:
+    """Return the floating-point operations per second of a square matrix product on this CPU, the best of three."""
+    a = torch.ones(_MATRIX, _MATRIX, dtype=dtype)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return round(2 * _MATRIX**3 / best)

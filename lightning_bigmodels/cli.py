@@ -1,0 +1,343 @@
+"""The verbs that run: LightningCLI with recipes by name, one-line errors, and a folder for every run."""
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError  # type: ignore[attr-defined]  # re-exported without a mark
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from typing_extensions import override
+
+from lightning_bigmodels import callbacks, data, modules, optim, runs
+from lightning_bigmodels.callbacks import PredictionWriter, RunSummary
+from lightning_bigmodels.cli_errors import explain
+from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.recipe_files import display_name, find_config
+
+# a class is known by its short name (`--model CausalLanguageModel`) once it is imported, and packages import lazily
+_KNOWN = [getattr(package, name) for package in (modules, data, callbacks) for name in package.__all__] + [optim]
+_NOISE = ("💡 Tip", "GPU available: False", "TPU available: False", "HPU available: False")
+
+
+_CHECKPOINT_HELP = "Checkpoint to load: a path, or best or last of the latest run of fit."
+_FIT_CHECKPOINT_HELP = (
+    "Go on from a checkpoint: last continues the latest run in its folder; best or a path starts a new run from there."
+)
+_PLAIN_TRAINER: dict[str, Any] = {
+    "logger": False,
+    "plugins": None,
+    "accelerator": "auto",
+    "strategy": "auto",
+    "devices": 1,
+    "num_nodes": 1,
+    "precision": None,
+}
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer: devices, precision, length of the run, callbacks, loggers."""
+
+    def export(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        output: str = "export",
+        ckpt_path: str | None = None,
+    ) -> Path:
+        """Write a trained model to a folder that other programs read.
+
+        Args:
+            model: The model to write.
+            datamodule: Not used, and not set up: export needs no data.
+            output: Folder to write to.
+            ckpt_path: Checkpoint to load: a path, or best or last of the latest fit.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InputError: there are no trained weights to write.
+        """
+        from lightning_bigmodels.export import export
+
+        if ckpt_path is None and not model.hparams.get("pretrained"):
+            raise InputError(
+                "export would write untrained weights; name a checkpoint: --ckpt_path best, last or a file"
+            )
+        model.configure_model()
+        if ckpt_path is not None:
+            checkpoint = torch.load(ckpt_path, weights_only=True, map_location="cpu")
+            model.on_load_checkpoint(checkpoint)
+            model.load_state_dict(checkpoint["state_dict"])
+        folder = export(model, output)
+        print(f"exported to {folder}")
+        return folder
+
+
+class ConfigAction(ActionConfigFile):
+    """`--config`: a file or a recipe's name; says file and line where the YAML is broken."""
+
+    @override
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        path = find_config(values)
+        _check_yaml(path)
+        super().__call__(parser, cfg, path, option_string)
+
+
+class CLI(LightningCLI):
+    """LightningCLI for the classes of this package and the user's own.
+
+    Args:
+        args: The command line, verb first.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        self._verb = args[0]
+        super().__init__(
+            trainer_class=Trainer,
+            trainer_defaults={"default_root_dir": runs.DEFAULT_ROOT},
+            seed_everything_default=0,
+            save_config_callback=runs.RunRecorder,
+            # environment variables lengthen the help by a line each: they are read, and shown, where one is set
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "default_env": _prepare_environment()},
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method in Lightning
+        verbs = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        # each verb costs a parser of 50 arguments, and the command has named the one that it needs
+        return {self._verb: verbs[self._verb]}
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = self.parser_class(dump_header=[f"lightning=={version('lightning')}"], **kwargs)
+        parser.add_argument("-c", "--config", action=ConfigAction, help="Recipe or YAML file; later ones win.")
+        return parser
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        # Lightning's Trainer alone has 40 arguments: their list is below, and not in the usage too
+        usage = f"bigmodels {subcommand} [--config RECIPE_OR_FILE ...] [--KEY VALUE ...]"
+        parser = super()._prepare_subcommand_parser(klass, subcommand, usage=usage, **kwargs)
+        for action in parser._actions:
+            if action.dest == "ckpt_path":
+                action.help = _FIT_CHECKPOINT_HELP if subcommand == "fit" else _CHECKPOINT_HELP
+        if subcommand == "predict":
+            # nobody receives them, and they may not fit into memory
+            parser.set_defaults({"return_predictions": False})
+        return parser
+
+    @override
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--seed_everything",
+            type=bool | int,
+            default=self.seed_everything_default,
+            help="Seed of all random numbers; true draws one, false sets none.",
+        )
+
+    @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        # a checkpoint may name the model, and a model may bring its own data
+        parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        assert isinstance(args, list)
+        try:
+            if any(_is_option(arg, "ckpt_path") for arg in args) and not any(_names_model(arg) for arg in args):
+                self._take_model_from_checkpoint(args)
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise InputError(explain(error, self._subcommand_parsers[args[0]])) from error
+
+    def _take_model_from_checkpoint(self, args: list[str]) -> None:
+        """Make the checkpoint's model the default one, for a command line that has a checkpoint and no model."""
+        verb = args[0]
+        config = self.parser.parse_args(_without_model_options(args))[verb]
+        if config.get("model") is None and config.get("ckpt_path"):
+            path = _find_checkpoint(str(config["ckpt_path"]), config["trainer"]["default_root_dir"])
+            self._subcommand_parsers[verb].set_defaults({"model": _model_of(Path(path))})
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Find the checkpoint. Lightning lets its hyper-parameters overrule the user's; here the user's stand."""
+        verb = self.config["subcommand"]
+        config = self.config[verb]
+        if config.get("model") is None:
+            raise InputError("no model is named; name a recipe with --config (see: bigmodels recipes) or --model CLASS")
+        checkpoint = config.get("ckpt_path")
+        if checkpoint and (verb, checkpoint) != ("fit", "last"):
+            config["ckpt_path"] = _find_checkpoint(str(checkpoint), config["trainer"]["default_root_dir"])
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        verb = str(self.subcommand)
+        config = self.config[verb]
+        loggers: list[Logger] = []
+        if verb == "export":
+            # nothing is trained: no folder, and none of the recipe's devices
+            kwargs |= {**_PLAIN_TRAINER, "callbacks": []}
+        elif config["trainer"]["logger"] in (None, True):
+            root = config["trainer"]["default_root_dir"] or runs.DEFAULT_ROOT
+            if config["trainer"]["fast_dev_run"]:
+                # Lightning puts a dummy in its place, which writes nothing
+                kwargs["logger"] = runs.RunLogger(root, verb, version=None)
+            else:
+                resume = verb == "fit" and config.get("ckpt_path") == "last"
+                kwargs["logger"] = loggers = runs.make_loggers(root, verb, title=self._title(), resume=resume)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ValueError, MisconfigurationException) as error:
+            # Trainer's constructor does nothing but judge its arguments
+            if loggers:
+                runs.discard(loggers)
+            raise InputError(f"trainer: {error}") from error
+        # Lightning appends the progress bar; the summary is printed after it
+        callbacks: list[Callback] = vars(trainer)["callbacks"]
+        callbacks.sort(key=lambda callback: isinstance(callback, RunSummary))
+        return trainer
+
+    @override
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
+        if self.subcommand != "export":
+            summary = RunSummary(
+                configs=self._config_names(), predict_help=getattr(self.model, "predict_help", "predict")
+            )
+            callbacks = [*callbacks, summary]
+        if self.subcommand == "predict":
+            callbacks = [PredictionWriter(), *callbacks]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _config_names(self) -> list[str]:
+        return [display_name(str(path)) for path in self.config[str(self.subcommand)].get("config") or [] if path]
+
+    def _title(self) -> str:
+        names = self._config_names()
+        return names[0].removesuffix(".yaml") if names else type(self.model).__name__
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:
+            # Lightning's fit leaves Ctrl-C as exit code 1
+            if self.trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            runs.close(self.trainer)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run one verb of the command line.
+
+    Raises:
+        InputError: the command line, a file or a setting is wrong.
+    """
+    _quieten(resumes=argv[0] == "fit")
+    CLI(args=list(argv))
+
+
+def _quieten(resumes: bool) -> None:
+    """Silence what Lightning says at every start and about itself; what is left is about this run."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_informs)
+    # Lightning 2.6 calls what jsonargparse 4.53 and torch 2.14 deprecate
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+    # a run that goes on finds its own folder, a branch has one of its own
+    warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", r"The dirpath has changed from")
+    if not resumes:
+        # only fit needs the state of callbacks
+        warnings.filterwarnings("ignore", r"Be aware that when using `ckpt_path`, callbacks used to create")
+
+
+def _informs(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NOISE)
+
+
+def _prepare_environment() -> bool:
+    """Return whether an argument is given as an environment variable; recipe names among them become files."""
+    ours = [name for name in os.environ if name.startswith("PL_") and "__" in name]
+    for name in ours:
+        if name.endswith("__CONFIG"):
+            os.environ[name] = find_config(os.environ[name])
+    return bool(ours)
+
+
+def _check_yaml(path: str) -> None:
+    if "://" in path:
+        return
+    with Path(path).open(encoding="utf-8") as file:
+        try:
+            yaml.compose(file, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            place = f"{path}, line {mark.line + 1}" if mark else path
+            raise InputError(
+                f"{place}: not valid YAML: {error.problem}; correct the line or its indentation"
+            ) from error
+
+
+def _is_option(arg: str, name: str) -> bool:
+    return arg == f"--{name}" or arg.startswith(f"--{name}=")
+
+
+def _names_model(arg: str) -> bool:
+    return _is_option(arg, "model") or _is_option(arg, "model.class_path")
+
+
+def _without_model_options(args: list[str]) -> list[str]:
+    """Drop `--model.x 1`, which means nothing before the model's class is known, and what prints and exits."""
+    kept: list[str] = []
+    skip = False
+    for arg in args:
+        if arg.startswith("--"):
+            skip = arg.startswith("--model.")
+            if arg.startswith("--print_config"):
+                continue
+            if skip and "=" in arg:
+                skip = False
+                continue
+        if not skip:
+            kept.append(arg)
+    return kept
+
+
+def _find_checkpoint(checkpoint: str, root: str) -> str:
+    if checkpoint in ("best", "last"):
+        return str(runs.find_checkpoint(root or runs.DEFAULT_ROOT, checkpoint))
+    # Lightning's own words, and addresses, are its own matter
+    if checkpoint in ("hpc", "registry") or ":" in checkpoint or Path(checkpoint).exists():
+        return checkpoint
+    raise InputError(f"--ckpt_path {checkpoint}: no such file; name a checkpoint, or: best, last")
+
+
+def _model_of(path: Path) -> dict[str, Any]:
+    """Return class and arguments of the model in a checkpoint, a file or the folder of a sharded one."""
+    # memory-mapped: only the hyper-parameters are read
+    content = torch.load(
+        path / "meta.pt" if path.is_dir() else path, weights_only=True, map_location="cpu", mmap=path.is_file()
+    )
+    arguments = dict(content.get("hyper_parameters", {}))
+    arguments.pop("_instantiator", None)
+    class_path = arguments.pop("_class_path", None)
+    if class_path is None:
+        raise InputError(f"{path} does not say which model it holds; name it with --model CLASS or --config")
+    return {"class_path": class_path, "init_args": arguments}

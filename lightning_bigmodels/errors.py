@@ -1,0 +1,39 @@
+"""What is said when the user's input is wrong: one sentence that ends in an action."""
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class InputError(ValueError):
+    """Input that only the user can mend: a file, a value, a setting.
+
+    The message names the place (file and line, or the path of keys), the value and the remedy. The `bigmodels` command
+    prints it in place of a traceback.
+    """
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the known name nearest to `name`, or what there is if none is near."""
+    names = sorted(known)
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if matches:
+        return f"; did you mean {matches[0]!r}?"
+    return f"; known: {', '.join(names)}" if len(names) <= 20 else ""
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Import an optional package where it is used.
+
+    Raises:
+        InputError: the package is not installed; the message names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise InputError(
+            f"{module} is not installed; install it with: pip install 'lightning-bigmodels[{extra}]'"
+        ) from error

@@ -1,0 +1,1 @@
+"""Pure nn.Modules that no library ships: tensors in, tensors out."""

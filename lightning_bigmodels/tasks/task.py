@@ -1,0 +1,192 @@
+"""The base of every LightningModule here: network, optimizer, schedule, steps, checkpoints."""
+
+import copy
+import inspect
+import math
+from abc import ABC, abstractmethod
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.optim import HIDDEN, OUTPUT, UNDECAYED, ScheduleCallable, default_optimizer
+from lightning_bigmodels.tasks.exact_resume import ExactResume
+
+Phase = Literal["train", "val", "test"]
+
+
+class Task(ExactResume, ABC):
+    """A network and how it learns; families name the network and write `step`.
+
+    The network is built in `configure_model`, so that a strategy can shard it and a planner can size it before any
+    memory is taken.
+
+    Args:
+        optimizer: From parameter groups to an optimizer; None is AdamW with lr 1e-3 and weight decay 0.1.
+        schedule: From optimizer and total steps to a learning-rate scheduler, stepped every batch; None is constant.
+        l1_penalty: Weight of the sum of absolute values of all decayed parameters, added to the training loss.
+        compile: Whether the network runs through torch.compile.
+    """
+
+    network: nn.Module | None
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable | None = None,
+        schedule: ScheduleCallable | None = None,
+        l1_penalty: float = 0.0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if l1_penalty < 0:
+            raise InputError(f"l1_penalty is {l1_penalty}; it must be 0 or more")
+        self.optimizer = optimizer or default_optimizer
+        self.schedule = schedule
+        self.l1_penalty = l1_penalty
+        self.compile_network = compile
+        self.network = None
+
+    @abstractmethod
+    def build_network(self) -> nn.Module:
+        """Return the network; called once, in the strategy's own context."""
+
+    @abstractmethod
+    def step(self, phase: Phase, batch: Any) -> Tensor:
+        """Return the mean loss of a batch and log what the phase reports."""
+
+    def output_modules(self) -> list[nn.Module]:
+        """Return the layers that make the network's output: decayed like hidden matrices, but not one of them."""
+        return []
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the repeated layers, each to be sharded and gathered as a whole."""
+        return []
+
+    @override
+    def save_hyperparameters(
+        self, *args: Any, ignore: Any = None, frame: FrameType | None = None, logger: bool = True
+    ) -> None:
+        """Save the constructor's arguments, less those that a checkpoint could not hold as plain values.
+
+        An optimizer or a schedule given in Python as a callable is left out; `load_from_checkpoint` takes it again. The `bigmodels` command keeps them, since it knows them as plain YAML.
+        """
+        if frame is None:
+            here = inspect.currentframe()
+            frame = here.f_back if here is not None else None
+        super().save_hyperparameters(*args, ignore=ignore, frame=frame, logger=logger)
+        for name in [name for name, value in self.hparams.items() if not _is_plain(value)]:
+            del self.hparams[name]
+        self._hparams_initial = copy.deepcopy(self.hparams)
+
+    @override
+    def configure_model(self) -> None:
+        if self.network is not None:
+            return
+        self.network = self.build_network()
+        if self.device_mesh is not None:
+            self._shard()
+
+    def _shard(self) -> None:
+        """Shard blocks and root by FSDP2; also on a mesh of size one, or loading fails (Lightning 2.6)."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        assert self.device_mesh is not None
+        assert self.network is not None
+        mesh = self.device_mesh["data_parallel"]
+        policy = MixedPrecisionPolicy()
+        if self.trainer.precision == "bf16-mixed":
+            # autocast alone would gather the parameters in float32: twice the bytes
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for block in self.blocks():
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(self.network, mesh=mesh, mp_policy=policy)
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.step("train", batch)
+        return loss + self.l1_penalty * self._l1_norm() if self.l1_penalty else loss
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.step("val", batch)
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.step("test", batch)
+
+    def _l1_norm(self) -> Tensor:
+        decayed = [p for group in self.parameter_groups() if group["name"] != UNDECAYED for p in group["params"]]
+        return torch.stack([p.abs().sum() for p in decayed]).sum()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the trainable parameters as up to three named groups.
+
+        `hidden` and `output` take the optimizer's weight decay; `undecayed` (biases, norms, embeddings, and an output
+        layer tied to an embedding) takes none.
+        """
+        if self.network is None:
+            raise RuntimeError("parameter_groups needs the network; call configure_model first")
+        embeddings = {
+            id(p)
+            for module in self.network.modules()
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            for p in module.parameters(recurse=False)
+        }
+        outputs = {id(p) for module in self.output_modules() for p in module.parameters()}
+        groups: dict[str, list[nn.Parameter]] = {HIDDEN: [], OUTPUT: [], UNDECAYED: []}
+        for parameter in self.network.parameters():
+            if not parameter.requires_grad:
+                continue
+            if id(parameter) in embeddings or parameter.ndim < 2:
+                groups[UNDECAYED].append(parameter)
+            else:
+                groups[OUTPUT if id(parameter) in outputs else HIDDEN].append(parameter)
+        if not any(groups.values()):
+            raise InputError("no parameter of the network is trainable; unfreeze some of it")
+        decay = {HIDDEN: {}, OUTPUT: {}, UNDECAYED: {"weight_decay": 0.0}}
+        return [{"params": params, "name": name, **decay[name]} for name, params in groups.items() if params]
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer(self.parameter_groups())
+        if self.schedule is None:
+            return optimizer
+        scheduler = self.schedule(optimizer, self.total_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Return the optimizer steps of the whole run.
+
+        Raises:
+            InputError: The run has no end in steps or epochs that a schedule could be laid over.
+        """
+        trainer = self.trainer
+        batches = getattr(getattr(trainer, "datamodule", None), "num_train_batches", None)
+        if trainer.max_steps > 0 and (batches is None or trainer.max_epochs in (None, -1)):
+            return trainer.max_steps
+        if batches is None or trainer.max_epochs in (None, -1):
+            # a loader that we do not know: Lightning may build it to count (our own loader would lose its place)
+            steps = trainer.estimated_stepping_batches
+        else:
+            assert trainer.max_epochs is not None
+            limit = trainer.limit_train_batches
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+            steps = math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs
+            steps = min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+        if math.isinf(steps) or steps < 1:
+            raise InputError("a schedule needs the run's length; set trainer.max_steps or trainer.max_epochs")
+        return int(steps)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `torch.load(weights_only=True)` reads the value back as it was."""
+    if isinstance(value, dict):
+        return all(_is_plain(v) for pair in value.items() for v in pair)
+    if isinstance(value, (list, tuple, set)):
+        return all(_is_plain(v) for v in value)
+    return value is None or type(value) in (bool, int, float, str, bytes)

@@ -1,0 +1,74 @@
+"""What many tests share: a small real text, a tiny network, a cache that no test leaves behind."""
+
+import os
+from pydoc_data.topics import topics
+
+import pytest
+
+# networks of a few kilobytes run fastest on one thread, here and in the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"
+
+TINY_LLAMA = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+}
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """A file with about 30 kB of the language reference."""
+    path = tmp_path_factory.mktemp("text") / "reference.txt"
+    path.write_text("\n".join(topics[name] for name in sorted(topics))[:30_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """Token caches of the session."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def text(text_file, cache_dir):
+    """Return a function that builds `Text` on the small file, with `changes`."""
+    from lightning_bigmodels.data import Text
+
+    def build(**changes):
+        values = {
+            "sources": str(text_file),
+            "vocab_size": 300,
+            "block_size": 32,
+            "batch_size": 8,
+            "cache_dir": cache_dir,
+        }
+        return Text(**{**values, **changes})
+
+    return build
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """Return a function that builds a quiet single-process Trainer, with `changes`."""
+    from lightning.pytorch import Trainer
+
+    def build(**changes):
+        values = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 4,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 2,
+            "default_root_dir": tmp_path,
+        }
+        return Trainer(**{**values, **changes})
+
+    return build

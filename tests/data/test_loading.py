@@ -1,0 +1,145 @@
+"""Samplers and loaders: the order is f(seed, epoch), a resumed run sees the rest, evaluation sees everything once."""
+
+from itertools import chain
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from lightning_bigmodels.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler, identity
+
+
+class Numbers(Dataset):
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitems__(self, indices):
+        return list(indices)
+
+
+def flat(lists):
+    return list(chain.from_iterable(lists))
+
+
+def loader(length=50, batch_size=4, world=1, rank=0, seed=3, num_workers=0):
+    dataset = Numbers(length)
+    return ResumableDataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=ResumableSampler(dataset, world, rank, seed),
+        drop_last=True,
+        collate_fn=identity,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def epoch(data, number):
+    data.sampler.set_epoch(number)  # as Lightning does, between the loader's making and the first batch
+    return list(data)
+
+
+def take(data, number, count):
+    iterator = iter(data)
+    data.sampler.set_epoch(number)
+    return [next(iterator) for _ in range(count)]
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    torch.manual_seed(1)
+    first, second = epoch(loader(), 0), epoch(loader(), 1)
+    torch.manual_seed(2)
+    assert epoch(loader(), 0) == first
+    assert first != second
+    assert epoch(loader(seed=4), 0) != first
+    assert sorted(flat(first)) != flat(first)
+    assert len(set(flat(first))) == 48  # 50 less the batch that is not full
+
+
+def test_making_an_iterator_leaves_the_training_stream_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    epoch(loader(), 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_order_of_one(world):
+    parts = [epoch(loader(batch_size=2, world=world, rank=rank), 5) for rank in range(world)]
+    assert len({len(part) for part in parts}) == 1
+    together = [row for batches in zip(*parts, strict=True) for rows in zip(*batches, strict=True) for row in rows]
+    alone = flat(epoch(loader(batch_size=2 * world), 5))
+    assert together[: len(alone)] == alone
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12 on forked workers
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resumes_with_the_very_next_batch(num_workers):
+    whole = loader()
+    expected = epoch(whole, 0), epoch(whole, 1), epoch(whole, 2)
+    first = loader(num_workers=num_workers)
+    epoch(first, 0)
+    taken = take(first, 1, 5)
+    state = first.state_dict()  # workers have fetched further ahead by now
+    assert all(type(value) is int for value in state.values())
+    second = loader(num_workers=num_workers)
+    second.load_state_dict(state)
+    assert second.state_dict() == state
+    assert len(second) == 12
+    assert taken + epoch(second, 1) == expected[1]
+    assert epoch(second, 2) == expected[2]
+
+
+def test_a_checkpoint_of_the_last_batch_begins_the_next_epoch():
+    first = loader()
+    epoch(first, 0)
+    state = first.state_dict()
+    first.sampler.set_epoch(1)  # a checkpoint at the next epoch's start is still that of the last batch
+    assert first.state_dict() == state
+    second = loader()
+    second.load_state_dict(state)
+    assert second.state_dict() == {"epoch": 1, "samples": 0}
+    assert list(second) == epoch(loader(), 1)
+
+
+def test_an_epoch_cut_short_is_not_continued_in_the_next():
+    first = loader()
+    take(first, 0, 3)  # limit_train_batches=3, checkpoint, then Lightning goes on with epoch 1
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    assert epoch(second, 1) == epoch(loader(), 1)
+
+
+def test_two_processes_are_continued_by_one():
+    expected = epoch(loader(length=64, batch_size=8), 0)
+    pair = [loader(length=64, batch_size=4, world=2, rank=rank) for rank in range(2)]
+    taken = [take(each, 0, 3) for each in pair]
+    assert pair[0].state_dict() == pair[1].state_dict()
+    one = loader(length=64, batch_size=8)
+    one.load_state_dict(pair[0].state_dict())
+    rest = epoch(one, 0)
+    assert rest == expected[3:]
+    assert sorted(flat(taken[0] + taken[1] + rest)) == list(range(64))
+
+
+def test_works_with_the_sampler_that_overfit_batches_puts_in():
+    dataset = Numbers(8)
+    data = ResumableDataLoader(dataset, batch_size=4, sampler=torch.utils.data.SequentialSampler(dataset))
+    data.collate_fn = identity
+    assert list(data) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    data.load_state_dict(data.state_dict())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 2, 7, 9])
+def test_evaluation_counts_each_example_once_in_equal_shares(length, world):
+    shares = [list(EvaluationSampler(Numbers(length), world, rank)) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    assert [len(EvaluationSampler(Numbers(length), world, rank)) for rank in range(world)] == list(map(len, shares))
+    assert sorted(index for index in flat(shares) if index < length) == list(range(length))
+    assert {index for index in flat(shares) if index >= length} <= {length}
+    uneven = [list(EvaluationSampler(Numbers(length), world, rank, even=False)) for rank in range(world)]
+    assert sorted(flat(uneven)) == list(range(length))
