@@ -87,6 +87,12 @@ ELEVEN = {"block_size": 64, "batch_size": 26}
         pytest.param(13, {}, {"optimizer": optim.MuonWithAdamW}, id="second epoch"),
         pytest.param(12, {}, {"save_every": 11}, id="checkpoint of an epoch's last batch"),
         pytest.param(21, {}, {"accumulate_grad_batches": 2}, id="accumulation"),
+        pytest.param(
+            21,
+            {},
+            {"accumulate_grad_batches": 4, "val_check_interval": 3, "save_every": None},
+            id="checkpoint inside an accumulated step",
+        ),
         pytest.param(10, {"num_workers": 1}, {}, id="worker process"),
         pytest.param(7, {}, {"val_check_interval": 3, "save_every": None}, id="checkpoint written in validation"),
         pytest.param(7, {}, {"precision": "bf16-mixed"}, id="bf16"),

@@ -16,7 +16,9 @@ class _Generates(Protocol):
 
 
 class Samples(Callback):
-    """Complete the same prompts after each validation: to the terminal, the loggers and `samples/` in the run's folder.
+    """Complete the same prompts at the start and after each validation.
+
+    The completions go to the terminal, the loggers and `samples/` in the run's folder.
 
     Args:
         prompts: What the model goes on from.
@@ -40,24 +42,29 @@ class Samples(Callback):
             raise InputError(f"{type(pl_module).__name__} generates nothing that Samples could show; remove Samples")
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # prompts that the network cannot take are refused now, not at the first validation
+        self._sample(trainer, pl_module)
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._validations += 1
-        if self._validations % self.every_n_validations:
-            return
+        if self._validations % self.every_n_validations == 0:
+            for prompt, completion in self._sample(trainer, pl_module)[: self.shown]:
+                line = " ".join((prompt + completion).split())
+                show(trainer, f"step {trainer.global_step}: {line[:160]}")
+
+    def _sample(self, trainer: Trainer, pl_module: LightningModule) -> list[tuple[str, str]]:
         # every process takes part, since a sharded network answers only to all of them
         with trainer.precision_plugin.forward_context(), torch.no_grad():
             completions = cast(_Generates, pl_module).generate(self.prompts)
         folder = run_folder(trainer) / "samples"
-        if not trainer.is_global_zero:
-            return
-        step = trainer.global_step
         pairs = list(zip(self.prompts, completions, strict=True))
-        folder.mkdir(parents=True, exist_ok=True)
-        text = "\n\n".join(f"--- prompt: {prompt!r}\n{prompt}{completion}" for prompt, completion in pairs)
-        (folder / f"step_{step:08d}.txt").write_text(text + "\n", encoding="utf-8")
-        report_table(trainer, "samples", ["prompt", "completion"], [list(pair) for pair in pairs])
-        for prompt, completion in pairs[: self.shown]:
-            line = " ".join((prompt + completion).split())
-            show(trainer, f"step {step}: {line[:160]}")
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = "\n\n".join(f"--- prompt: {prompt!r}\n{prompt}{completion}" for prompt, completion in pairs)
+            (folder / f"step_{trainer.global_step:08d}.txt").write_text(text + "\n", encoding="utf-8")
+            report_table(trainer, "samples", ["prompt", "completion"], [list(pair) for pair in pairs])
+        return pairs

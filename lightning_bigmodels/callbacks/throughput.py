@@ -17,7 +17,8 @@ _MATRIX = 1024
 class Throughput(ThroughputMonitor):
     """Lightning's ThroughputMonitor for batches of tokens, needing no functions from the user.
 
-    On a CPU, whose peak no table knows, utilisation is relative to a matrix product measured at the start.
+    It measures training alone, without the time that validation, samples and checkpoints take. On a CPU, whose peak no
+    table knows, utilisation is relative to a matrix product measured at the start.
 
     Args:
         window_size: Batches over which rates are averaged.
@@ -29,6 +30,7 @@ class Throughput(ThroughputMonitor):
             length_fn=lambda batch: batch["input_ids"].numel(),
             window_size=window_size,
         )
+        self._paused_at: float | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -37,6 +39,24 @@ class Throughput(ThroughputMonitor):
             self.available_flops = measure_matmul_flops(_plugin_to_compute_dtype(trainer.precision_plugin))
             for throughput in self._throughputs.values():
                 throughput.available_flops = self.available_flops
+
+    @override
+    def on_validation_start(self, trainer: Trainer, *args: Any) -> None:
+        if self._paused_at is None:
+            self._paused_at = time.perf_counter()
+
+    def _ignore(self, *args: Any, **kwargs: Any) -> None:
+        """Evaluation has no backward pass, so that `flops_per_batch` does not hold for it."""
+
+    on_validation_batch_end = on_validation_end = _ignore
+    on_test_start = on_test_batch_end = on_predict_start = on_predict_batch_end = _ignore
+
+    @override
+    def on_train_batch_start(self, *args: Any) -> None:
+        if self._paused_at is not None:
+            if RunningStage.TRAINING in self._t0s:
+                self._t0s[RunningStage.TRAINING] += time.perf_counter() - self._paused_at
+            self._paused_at = None
 
     @override
     @rank_zero_only

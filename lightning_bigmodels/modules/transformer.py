@@ -1,5 +1,6 @@
 """Transformer language models from transformers, trained from scratch or from a pretrained folder."""
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -372,6 +373,8 @@ def _count_flops(config: PreTrainedConfig, batch_size: int, length: int) -> int 
     # eager attention is plain matrix products, which the counter knows; experts multiply in groups in bfloat16 only
     try:
         with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
+            # from_config writes into the configuration that it is given
+            config = copy.deepcopy(config)
             network = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.bfloat16)
             network(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)
     except (RuntimeError, ValueError, TypeError) as error:

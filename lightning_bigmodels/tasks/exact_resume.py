@@ -1,4 +1,4 @@
-"""Random state of all processes in the checkpoint, and validation kept off the training stream."""
+"""Random state and half-accumulated gradients in the checkpoint, and validation kept off the training stream."""
 
 import random
 from abc import ABC, abstractmethod
@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 RandomState = dict[str, Any]
 
-_KEY = "random_states"
+_RANDOM_STATES = "random_states"
+_GRADIENTS = "accumulated_gradients"
 
 
 def get_random_state() -> RandomState:
@@ -54,6 +56,7 @@ class ExactResume(LightningModule, ABC):
     def __init__(self) -> None:
         super().__init__()
         self._loaded_states: list[RandomState] | None = None
+        self._loaded_gradients: dict[str, Tensor] = {}
         self._before_validation: RandomState | None = None
 
     @abstractmethod
@@ -69,14 +72,32 @@ class ExactResume(LightningModule, ABC):
             # every process gets here, but only the first one's dictionary is written
             states = [{} for _ in range(self.trainer.world_size)]
             torch.distributed.all_gather_object(states, mine)
-        checkpoint[_KEY] = states
+        checkpoint[_RANDOM_STATES] = states
+        if self.trainer.state.fn == "fit" and self.trainer.fit_loop._should_accumulate():
+            checkpoint[_GRADIENTS] = self._accumulated_gradients()
+
+    def _accumulated_gradients(self) -> dict[str, Tensor]:
+        """Return what the batches since the last optimizer step have added up to, the mean over all processes."""
+        if self.device_mesh is not None:
+            rank_zero_warn(
+                "this checkpoint lies inside an accumulated step of a sharded network, whose part before it is lost on "
+                "resume; let the interval between checkpoints be a multiple of accumulate_grad_batches"
+            )
+            return {}
+        gradients = {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
+        return {name: self.trainer.strategy.reduce(gradient) for name, gradient in gradients.items()}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._loaded_states = checkpoint.get(_KEY)
+        self._loaded_states = checkpoint.get(_RANDOM_STATES)
+        self._loaded_gradients = checkpoint.get(_GRADIENTS, {})
 
     @override
     def on_train_start(self) -> None:
+        parameters = dict(self.named_parameters())
+        for name, gradient in self._loaded_gradients.items():
+            parameters[name].grad = gradient.to(parameters[name].device)
+        self._loaded_gradients = {}
         states, self._loaded_states = self._loaded_states, None
         if states is None:
             return

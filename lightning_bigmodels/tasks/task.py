@@ -73,7 +73,8 @@ class Task(ExactResume, ABC):
     ) -> None:
         """Save the constructor's arguments, less those that a checkpoint could not hold as plain values.
 
-        An optimizer or a schedule given in Python as a callable is left out; `load_from_checkpoint` takes it again. The `bigmodels` command keeps them, since it knows them as plain YAML.
+        An optimizer or a schedule given in Python as a callable is left out; `load_from_checkpoint` takes it again. The
+        `bigmodels` command keeps them, since it knows them as plain YAML.
         """
         if frame is None:
             here = inspect.currentframe()

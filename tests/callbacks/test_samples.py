@@ -26,8 +26,8 @@ def fit(trainer, text, folder, callbacks):
 
 def test_each_validation_writes_a_file_and_shows_the_first(trainer, text, tmp_path, capsys):
     model = fit(trainer, text, tmp_path, [Samples(PROMPTS, every_n_validations=2)])
-    (path,) = (tmp_path / "fit" / "version_0" / "samples").iterdir()
-    assert path.name == "step_00000004.txt"
+    start, path = sorted((tmp_path / "fit" / "version_0" / "samples").iterdir())
+    assert [start.name, path.name] == ["step_00000000.txt", "step_00000004.txt"]
     content = path.read_text(encoding="utf-8")
     assert content.startswith("--- prompt: 'The class'\nThe class")
     assert "--- prompt: 'If'\nIf" in content
@@ -40,6 +40,11 @@ def test_training_goes_on_as_if_there_were_none(trainer, text, tmp_path):
     without = fit(trainer, text, tmp_path / "b", [])
     for a, b in zip(with_samples.parameters(), without.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_prompts_beyond_the_positions_are_refused_before_the_first_step(trainer, text, tmp_path):
+    with pytest.raises(InputError, match="exceed the network's 128 positions"):
+        fit(trainer, text, tmp_path, [Samples(["The class " * 60])])
 
 
 def test_what_cannot_be_shown_is_refused(trainer):
