@@ -47,7 +47,7 @@ class CausalLanguageModel(LanguageModeling):
         config: Values of the architecture's configuration, under transformers' own names.
         pretrained: Local folder or hub name to start from, in place of `architecture`.
         optimizer: From parameter groups to an optimizer; None is AdamW with lr 1e-3 and weight decay 0.1.
-        schedule: From optimizer and total steps to a learning-rate scheduler, stepped every batch; None is constant.
+        schedule: From optimizer and total steps to a learning-rate scheduler stepped after each optimizer step; None is constant.
         l1_penalty: Weight of the sum of absolute values of all decayed parameters, added to the training loss.
         activation_checkpointing: Recompute each block in the backward pass: less memory, about a third more time.
         compile: Run the Transformer's body through torch.compile in training and evaluation.

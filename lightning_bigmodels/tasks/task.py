@@ -28,7 +28,7 @@ class Task(ExactResume, ABC):
 
     Args:
         optimizer: From parameter groups to an optimizer; None is AdamW with lr 1e-3 and weight decay 0.1.
-        schedule: From optimizer and total steps to a learning-rate scheduler, stepped every batch; None is constant.
+        schedule: From optimizer and total steps to a learning-rate scheduler stepped after each optimizer step; None is constant.
         l1_penalty: Weight of the sum of absolute values of all decayed parameters, added to the training loss.
         compile: Whether the network runs through torch.compile.
     """
