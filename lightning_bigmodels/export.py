@@ -2,6 +2,8 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,27 @@ def export(module: LightningModule, folder: str | Path) -> Path:
         # TemporaryDirectory makes it private to the user; an exported folder follows the user's umask
         half = Path(part, "half")
         half.mkdir()
-        _write_hugging_face(network, getattr(module, "tokenizer", None), half)
-        _compare_hugging_face(network, half)
+        with _no_progress_bars():
+            _write_hugging_face(network, getattr(module, "tokenizer", None), half)
+            _compare_hugging_face(network, half)
         if target.is_dir():
             target.rmdir()
         half.replace(target)
     return target
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silence transformers, which shows a bar for each file."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _write_hugging_face(network: Any, tokenizer: Any, folder: Path) -> None:

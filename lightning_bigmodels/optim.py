@@ -149,6 +149,11 @@ class Schedule(LRScheduler):
             factor = self.factor(step - self.warmup_steps)
         return [base * factor for base in self.base_lrs]
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint; the length is that of the run that goes on, which may be longer than it was."""
+        length = ("total_steps", "warmup_steps")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key not in length})
+
     def _decay_progress(self, step: int) -> float:
         return min(1.0, step / max(1, self.total_steps - self.warmup_steps))
 

@@ -74,6 +74,20 @@ def test_a_schedule_resumes_from_plain_values():
         assert whole.param_groups[0]["lr"] == resumed.param_groups[0]["lr"]
 
 
+def test_a_prolonged_run_follows_the_schedule_of_its_new_length():
+    short, long = (torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=BASE) for _ in range(2))
+    first = optim.WarmupLinear(short, 10)
+    for _ in range(10):
+        short.step()
+        first.step()
+    assert short.param_groups[0]["lr"] == 0
+    second = optim.WarmupLinear(long, 40)
+    second.load_state_dict(first.state_dict())
+    long.step()
+    second.step()
+    assert long.param_groups[0]["lr"] == pytest.approx(BASE * (1 - 11 / 40))
+
+
 @pytest.mark.parametrize(
     ("schedule_class", "kwargs", "message"),
     [

@@ -124,8 +124,10 @@ def test_validation_leaves_the_training_stream_alone(tmp_path, text):
     same(often.state_dict(), never.state_dict())
 
 
-def test_a_real_kill_and_the_same_command_again(tmp_path, text_file, cache_dir):
+def test_a_real_kill_and_the_same_command_again(tmp_path, text_file, cache_dir, monkeypatch):
     """The command, its run folder, W&B's file and metrics.csv; with accumulation, a worker and validation."""
+    # a test before this one may have left the address of its W&B service; a run in a terminal starts its own
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
     config = {
         "seed_everything": 5,
         "trainer": {

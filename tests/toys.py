@@ -47,7 +47,7 @@ class ToyModel(LightningModule):
         self._step("test", batch)
 
     def predict_step(self, batch, batch_idx):
-        return self.layer(batch[0])
+        return [{"index": i, "value": value} for i, value in enumerate(self.layer(batch[0]).flatten().tolist())]
 
     def configure_optimizers(self):
         return self.optimizer(self.parameters()) if self.optimizer else torch.optim.SGD(self.parameters(), lr=0.01)

@@ -32,8 +32,10 @@ def report_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Sequ
 
 def show(trainer: Trainer, text: str) -> None:
     """Print above the progress bar, if there is one."""
+    if not trainer.is_global_zero:
+        return
     bar = trainer.progress_bar_callback
-    if bar is not None:
-        bar.print(text)
-    elif trainer.is_global_zero:
+    if bar is None:
         print(text, flush=True)
+    else:
+        bar.print(text)

@@ -12,11 +12,12 @@ from lightning_bigmodels.errors import InputError
 
 
 class _Generates(Protocol):
+    def check_prompts(self, prompts: Sequence[str]) -> None: ...
     def generate(self, prompts: Sequence[str]) -> list[str]: ...
 
 
 class Samples(Callback):
-    """Complete the same prompts at the start and after each validation.
+    """Complete the same prompts after each validation.
 
     The completions go to the terminal, the loggers and `samples/` in the run's folder.
 
@@ -43,28 +44,27 @@ class Samples(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # prompts that the network cannot take are refused now, not at the first validation
-        self._sample(trainer, pl_module)
+        # what the network cannot take is refused now, not at the first validation
+        cast(_Generates, pl_module).check_prompts(self.prompts)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._validations += 1
-        if self._validations % self.every_n_validations == 0:
-            for prompt, completion in self._sample(trainer, pl_module)[: self.shown]:
-                line = " ".join((prompt + completion).split())
-                show(trainer, f"step {trainer.global_step}: {line[:160]}")
-
-    def _sample(self, trainer: Trainer, pl_module: LightningModule) -> list[tuple[str, str]]:
+        if self._validations % self.every_n_validations:
+            return
         # every process takes part, since a sharded network answers only to all of them
         with trainer.precision_plugin.forward_context(), torch.no_grad():
             completions = cast(_Generates, pl_module).generate(self.prompts)
         folder = run_folder(trainer) / "samples"
+        if not trainer.is_global_zero:
+            return
         pairs = list(zip(self.prompts, completions, strict=True))
-        if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            text = "\n\n".join(f"--- prompt: {prompt!r}\n{prompt}{completion}" for prompt, completion in pairs)
-            (folder / f"step_{trainer.global_step:08d}.txt").write_text(text + "\n", encoding="utf-8")
-            report_table(trainer, "samples", ["prompt", "completion"], [list(pair) for pair in pairs])
-        return pairs
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "\n\n".join(f"--- prompt: {prompt!r}\n{prompt}{completion}" for prompt, completion in pairs)
+        (folder / f"step_{trainer.global_step:08d}.txt").write_text(text + "\n", encoding="utf-8")
+        report_table(trainer, "samples", ["prompt", "completion"], [list(pair) for pair in pairs])
+        for prompt, completion in pairs[: self.shown]:
+            line = " ".join((prompt + completion).split())
+            show(trainer, f"step {trainer.global_step}: {line[:160]}")

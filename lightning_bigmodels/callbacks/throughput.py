@@ -64,9 +64,13 @@ class Throughput(ThroughputMonitor):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, *args)
+        if not trainer._logger_connector.should_update_logs:
+            return
         rate = self._throughputs[RunningStage.TRAINING].compute().get("device/items_per_sec")
         if rate is not None:
-            pl_module.log("tokens_per_s", rate * trainer.world_size, prog_bar=True, logger=False, rank_zero_only=True)
+            pl_module.log(
+                "tokens_per_s", round(rate * trainer.world_size, -2), prog_bar=True, logger=False, rank_zero_only=True
+            )
 
 
 def measure_matmul_flops(dtype: torch.dtype) -> int:

@@ -82,6 +82,10 @@ class LanguageModeling(Task):
     def generate(self, prompts: Sequence[str], indices: Sequence[int] | None = None) -> list[str]:
         """Return what follows each prompt; `indices` choose each prompt's random stream, its place by default."""
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise an InputError for prompts that `generate` would refuse; a rule of the family's own."""
+        return
+
     @override
     def step(self, phase: Phase, batch: Any) -> Tensor:
         nats, extra = self.summed_loss(batch["input_ids"], batch["labels"])

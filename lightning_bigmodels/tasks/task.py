@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ class Task(ExactResume, ABC):
 
     Args:
         optimizer: From parameter groups to an optimizer; None is AdamW with lr 1e-3 and weight decay 0.1.
-        schedule: From optimizer and total steps to a learning-rate scheduler stepped after each optimizer step; None is constant.
+        schedule: From optimizer and total steps to a scheduler, stepped after each optimizer step; None is constant.
         l1_penalty: Weight of the sum of absolute values of all decayed parameters, added to the training loss.
         compile: Whether the network runs through torch.compile.
     """
@@ -106,6 +107,17 @@ class Task(ExactResume, ABC):
         for block in self.blocks():
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self.network, mesh=mesh, mp_policy=policy)
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[1:2] or [str(error)]
+            raise InputError(
+                f"the checkpoint holds another network than the one described: {first[0].strip()} Describe the network "
+                f"as it was trained, for instance with --config and the config.yaml in its run's folder"
+            ) from error
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -13,7 +13,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 import torch.nn.functional as F
-from contestants import peak_bytes
+from peak_memory import peak_bytes
 from torch import Tensor, nn
 
 from lightning_bigmodels.modules import CausalLanguageModel
@@ -93,16 +93,13 @@ def print_speed(vocabulary: int, tokens: int, width: int, bf16: bool, chunks: li
             start = time.perf_counter()
             head_step(head, hidden, labels, size, bf16)
             times[size].append(time.perf_counter() - start)
-    plain = statistics.median(times[None][1:])
+    plain = times.pop(None)[1:]
     ratios = {
-        size: statistics.median(b / a for a, b in zip(times[None][1:], own[1:], strict=True))
-        for size, own in times.items()
+        size: statistics.median(b / a for a, b in zip(plain, own[1:], strict=True)) for size, own in times.items()
     }
-    default = 2**23 // vocabulary
     print(
-        f"  {'bf16' if bf16 else 'fp32'}  vocabulary {vocabulary:>6,}  plain {plain * 1e3:>7.1f} ms; chunks of "
-        + "  ".join(f"{size}: {ratio:.2f}" for size, ratio in ratios.items() if size is not None)
-        + f"  (the default is {default})"
+        f"  {'bf16' if bf16 else 'fp32'}  vocabulary {vocabulary:>6,}  plain {statistics.median(plain) * 1e3:>7.1f} ms;"
+        f" default {2**23 // vocabulary}; " + "  ".join(f"{size}: {ratio:.2f}" for size, ratio in ratios.items())
     )
 
 
@@ -113,7 +110,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="Of the memory measurement, in tokens.")
     parser.add_argument("--width", type=int, default=320, help="Hidden width.")
     parser.add_argument("--repeats", type=int, default=7, help="Of each timing.")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[128, 512, 1024, 2048, 4096], help="Sizes to time.")
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"Peak tensor memory of a step, vocabulary {args.vocabulary:,}, {args.rows} x {args.length:,} tokens:")
@@ -122,8 +119,8 @@ def main() -> None:
         print_memory(args.vocabulary, args.rows, args.length, args.width, bf16)
     print("\nTime of output layer and loss, 4,096 tokens, by chunk size, relative to the plain loss:")
     for vocabulary in (2048, 4096, 50257):
+        repeats = args.repeats if vocabulary < 20_000 else max(1, args.repeats // 2)
         for bf16 in (False, True):
-            repeats = max(1, args.repeats if vocabulary < 20_000 else args.repeats // 2)
             print_speed(vocabulary, 4096, args.width, bf16, args.chunks, repeats)
 
 

@@ -1,9 +1,7 @@
 """The same Llama trained in four ways, all of them watched by one clock that sits on the optimizer."""
 
 import contextlib
-import gc
 import io
-import json
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -392,22 +390,3 @@ def _litgpt_weights(weights: dict[str, Tensor], layers: int) -> Iterator[tuple[s
             yield f"{theirs}.{new}.weight", weights[f"{ours}.{old}.weight"]
         parts = [weights[f"{ours}.self_attn.{part}_proj.weight"] for part in "qkv"]
         yield f"{theirs}.attn.qkv.weight", torch.cat(parts)
-
-
-def peak_bytes(run: Callable[[], None], held: int = 0) -> int:
-    """Return the most bytes that lived in tensors at a time while `run` ran, on top of the `held` ones before.
-
-    They are what torch's allocator was asked for, read from the profiler's trace; so compiled code counts as well.
-    """
-    gc.collect()  # or what an earlier run left behind would be freed, and subtracted, in this one
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(f"{folder}/trace.json")
-        trace = json.loads(Path(folder, "trace.json").read_text())
-    events = [event for event in trace["traceEvents"] if event.get("name") == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        now += event["args"]["Bytes"]
-        peak = max(peak, now)
-    return held + peak

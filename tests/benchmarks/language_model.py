@@ -1,7 +1,7 @@
 """Trains the same 10.6 M parameter Llama with our `fit`, a PyTorch loop, transformers' Trainer and litgpt, in turns.
 
 Needs `pip install -e ".[bench]"`; run `python tests/benchmarks/language_model.py` on a machine that does nothing else.
-`--quick` shows in a minute that everything runs; its figures mean nothing.
+`--quick` shows in a few minutes that everything runs; its figures mean nothing.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from contestants import (
     Setting,
     Size,
     llama,
-    peak_bytes,
 )
+from peak_memory import peak_bytes
 from startup import print_startup
 from torch import Tensor, nn
 

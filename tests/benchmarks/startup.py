@@ -28,6 +28,7 @@ def child(began: float) -> None:
         __import__(name)
         mark(f"import {name}")
     from lightning_bigmodels import cli
+    from lightning_bigmodels.callbacks import Throughput
     from lightning_bigmodels.data import Text
     from lightning_bigmodels.modules import CausalLanguageModel
     from lightning_bigmodels.optim import MuonWithAdamW
@@ -49,14 +50,16 @@ def child(began: float) -> None:
         setattr(owner, method, outer)
 
     around(cli.CLI, "parse_arguments", "read the configuration", "build the parser")
-    around(cli.CLI, "instantiate_classes", "build Trainer, model, data, loggers", "other")
+    around(cli.CLI, "instantiate_classes", "build Trainer, model, data, loggers", "seed")
     around(Text, "prepare_data", "tokenizer and tokens", "enter fit")
-    around(Text, "setup", "open the tokens", "other")
-    around(CausalLanguageModel, "configure_model", "build the network", "callbacks, W&B starts, config.yaml")
-    around(CausalLanguageModel, "configure_optimizers", "build the optimizer", "other")
-    around(CausalLanguageModel, "on_train_start", "on_train_start", "loaders, Throughput's matrix product")
+    around(Text, "setup", "open the tokens", "start of the loggers: W&B")
+    around(Throughput, "setup", "Throughput: a matrix product", "other callbacks' setup")
+    around(CausalLanguageModel, "configure_model", "build the network", "go on to the network")
+    around(CausalLanguageModel, "configure_optimizers", "build the optimizer", "strategy")
+    around(Throughput, "on_fit_start", "Throughput, on_fit_start", "go on to on_fit_start")
+    around(CausalLanguageModel, "on_train_start", "on_train_start", "loaders, other callbacks: first Samples")
     around(CausalLanguageModel, "training_step", "first forward pass", "first batch")
-    around(MuonWithAdamW, "step", "first backward pass and step", "other")
+    around(MuonWithAdamW, "step", "first optimizer step", "the optimizer's outer half")
     cli.run(COMMAND)
     mark("after the first step, to the end")
     parts: Counter[str] = Counter()
@@ -94,10 +97,10 @@ def print_startup(runs: int = 3) -> None:
         warm = [json.loads(run_child(folder).stdout.splitlines()[-1]) for _ in range(runs)]
         best = min(warm, key=total)
         report = run_child(folder, "-X", "importtime").stderr
-    print(f"  {'':<42}{'first run':>10}{f'best of {runs}':>12}")
+    print(f"  {'':<46}{'first run':>10}{f'best of {runs}':>12}")
     for part in [*(part for part in cold if part != end), end]:
-        print(f"  {part:<42}{cold[part]:>10.2f}{best[part]:>12.2f}")
-    print(f"  {'to the first step':<42}{total(cold):>10.2f}{total(best):>12.2f}")
+        print(f"  {part:<46}{cold[part]:>10.2f}{best[part]:>12.2f}")
+    print(f"  {'to the first step':<46}{total(cold):>10.2f}{total(best):>12.2f}")
     print("  Packages whose own modules take longest to import, seconds (-X importtime, which itself takes time):")
     costly = packages_by_import_time(report).most_common(16)
     print("   ", ", ".join(f"{name} {seconds:.2f}" for name, seconds in costly))

@@ -180,6 +180,7 @@ def trained(tmp_path_factory, text_file, cache_dir):
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        log_every_n_steps=2,
         callbacks=[Throughput(window_size=2)],
         default_root_dir=folder,
     )
