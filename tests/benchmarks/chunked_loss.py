@@ -22,6 +22,10 @@ from lightning_bigmodels.tasks.chunked_loss import chunked_cross_entropy
 MEBIBYTE = 2**20
 
 
+# CausalLanguageModel's own loss_chunk_size
+DEFAULT_CHUNK = 512
+
+
 def head_step(head: nn.Linear, hidden: Tensor, labels: Tensor, chunk: int | None, bf16: bool) -> None:
     """Take the loss of an output layer and its gradients; `chunk` None is all logits at once."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -59,7 +63,7 @@ def print_memory(vocabulary: int, rows: int, length: int, width: int, bf16: bool
     head = nn.Linear(width, vocabulary, bias=False)
     hidden = torch.randn(rows * length, width, requires_grad=True)
     labels = ids.flatten()
-    chunk = max(1, 2**23 // vocabulary)
+    chunk = DEFAULT_CHUNK
 
     def of_head(size: int | None) -> float:
         hidden.grad = None
@@ -99,7 +103,7 @@ def print_speed(vocabulary: int, tokens: int, width: int, bf16: bool, chunks: li
     }
     print(
         f"  {'bf16' if bf16 else 'fp32'}  vocabulary {vocabulary:>6,}  plain {statistics.median(plain) * 1e3:>7.1f} ms;"
-        f" default {2**23 // vocabulary}; " + "  ".join(f"{size}: {ratio:.2f}" for size, ratio in ratios.items())
+        f" default {DEFAULT_CHUNK}; " + "  ".join(f"{size}: {ratio:.2f}" for size, ratio in ratios.items())
     )
 
 
