@@ -126,10 +126,3 @@ class Stop(Callback):
             if self.how == "error":
                 raise OSError("disk full")
             raise RuntimeError("worker died") from InputError("notes.txt, line 3: not UTF-8; convert it")
-
-
-class Predictions(Callback):
-    """Writes predictions as a real callback does: into the run's folder."""
-
-    def on_predict_epoch_end(self, trainer, *args) -> None:
-        Path(trainer.log_dir, "predictions.jsonl").write_text("{}\n")
