@@ -4,6 +4,7 @@ A step is forward and backward. Memory is what torch's allocator was asked for, 
 """
 
 import argparse
+import inspect
 import os
 import statistics
 import time
@@ -22,8 +23,7 @@ from lightning_bigmodels.tasks.chunked_loss import chunked_cross_entropy
 MEBIBYTE = 2**20
 
 
-# CausalLanguageModel's own loss_chunk_size
-DEFAULT_CHUNK = 512
+DEFAULT_CHUNK = inspect.signature(CausalLanguageModel).parameters["loss_chunk_size"].default
 
 
 def head_step(head: nn.Linear, hidden: Tensor, labels: Tensor, chunk: int | None, bf16: bool) -> None:
