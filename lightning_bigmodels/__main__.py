@@ -1,10 +1,12 @@
 """The `bigmodels` command: what can be answered without torch is answered here, at once; `cli` does the rest."""
 
+import argparse
 import os
 import sys
+from typing import NoReturn
 
 from lightning_bigmodels import __version__
-from lightning_bigmodels.errors import InputError, near
+from lightning_bigmodels.errors import InputError, RunError, near
 from lightning_bigmodels.recipe_files import list_recipes
 
 VERBS = {
@@ -13,6 +15,9 @@ VERBS = {
     "test": "measure a trained model on the test data",
     "predict": "apply a trained model: generate, classify, ...",
     "export": "write a trained model to a folder that other programs read",
+    "prepare": "tokenize text into shards, in a folder or an object store",
+    "consolidate": "turn a sharded checkpoint into one file",
+    "batch-size": "find the largest batch that fits into memory on all processes",
     "recipes": "list the recipes that --config takes by name",
 }
 
@@ -21,18 +26,30 @@ HELP = f"""usage: bigmodels VERB [--config RECIPE_OR_FILE ...] [--KEY VALUE ...]
 Train, measure and use large models with PyTorch Lightning, from YAML recipes.
 
 verbs:
-{chr(10).join(f"  {verb:<10}{text}" for verb, text in VERBS.items())}
+{chr(10).join(f"  {verb:<13}{text}" for verb, text in VERBS.items())}
 
 examples:
   bigmodels recipes
   bigmodels fit --config text/quickstart
   bigmodels fit --config text/quickstart --trainer.max_steps 100
   bigmodels predict --config text/quickstart --ckpt_path best
+  bigmodels prepare --config text/quickstart --output s3://BUCKET/PREFIX
 
 options:
   --version         print the version
   -h, --help        this text; 'bigmodels fit --help' lists every argument of a verb,
                     'bigmodels fit --model.help CLASS' those of a class
+"""
+
+CONSOLIDATE_HELP = """usage: bigmodels consolidate CHECKPOINT --output FILE
+
+Turn a sharded checkpoint (a folder, or the link to it) into one plain file, with the states of its
+optimizers, which every strategy loads and goes on from. All of it is held in memory: with Adam in
+float32, 12 bytes for each parameter.
+
+  CHECKPOINT        the sharded checkpoint, as runs/fit/version_0/checkpoints/last.ckpt
+  --output FILE     the file to write; it must not exist
+  -h, --help        this text
 """
 
 RECIPES_HELP = """usage: bigmodels recipes
@@ -42,7 +59,7 @@ List the recipes: a name for --config, and what the recipe trains.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+    """Run the command and return its exit code: 0, 1 for a run that had to end, 2 for wrong input, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         return _run(argv)
@@ -53,11 +70,11 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        cause = _input_error(error)
+        cause = _known_error(error)
         if cause is None:
             raise
-        print(f"bigmodels: error: {' '.join(str(cause).split())}", file=sys.stderr)
-        return 2
+        print(f"bigmodels: error: {_one_line(cause)}", file=sys.stderr)
+        return 2 if isinstance(cause, InputError) else 1
 
 
 def _run(argv: list[str]) -> int:
@@ -68,6 +85,8 @@ def _run(argv: list[str]) -> int:
         print(f"bigmodels {__version__}", flush=True)
     elif verb == "recipes":
         _recipes(rest)
+    elif verb == "consolidate":
+        _consolidate(rest)
     elif verb.startswith("-"):
         raise InputError(f"{verb} comes before the verb; write: bigmodels fit {verb} ... (verbs: {', '.join(VERBS)})")
     elif verb not in VERBS:
@@ -94,11 +113,37 @@ def _recipes(arguments: list[str]) -> None:
         print(f"{recipe.name:<{width}}  {recipe.summary}".rstrip(), flush=True)
 
 
-def _input_error(error: BaseException | None) -> InputError | None:
-    """Find the user's error also where Lightning or jsonargparse has wrapped it."""
+class _Arguments(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; write: bigmodels consolidate CHECKPOINT --output FILE")
+
+
+def _consolidate(arguments: list[str]) -> None:
+    if "-h" in arguments or "--help" in arguments:
+        print(CONSOLIDATE_HELP, end="", flush=True)
+        return
+    parser = _Arguments(add_help=False)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--output", required=True)
+    given = parser.parse_args(arguments)
+    from lightning_bigmodels.strategies.checkpoint_io import consolidate
+
+    print(f"consolidated to {consolidate(given.checkpoint, given.output)}", flush=True)
+
+
+def _one_line(error: InputError | RunError) -> str:
+    text = str(error)
+    if text.startswith("Caught "):
+        # torch raises what a loader's worker raised anew, with the worker's traceback as its text
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
+    return " ".join(text.split())
+
+
+def _known_error(error: BaseException | None) -> InputError | RunError | None:
+    """Find the error that explains itself also where Lightning or jsonargparse has wrapped it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, InputError):
+        if isinstance(error, (InputError, RunError)):
             return error
         seen.add(id(error))
         error = error.__cause__ or error.__context__

@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError  # type: ignore[attr-defined]  # re-exported without a mark
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
@@ -19,21 +21,28 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger
 from typing_extensions import override
 
-from lightning_bigmodels import callbacks, data, modules, optim, runs
-from lightning_bigmodels.callbacks import PredictionWriter, RunSummary
+from lightning_bigmodels import callbacks, data, modules, optim, runs, strategies
+from lightning_bigmodels.callbacks import BadNumbers, PredictionWriter, Preemption, ProcessWatch, RunSummary
+from lightning_bigmodels.callbacks.bad_numbers import BadNumbersError
+from lightning_bigmodels.callbacks.preemption import PreemptedError, own_exit_code
 from lightning_bigmodels.cli_errors import explain
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.recipe_files import display_name, find_config
+from lightning_bigmodels.strategies.checkpoint_io import META_FILE, WholeCheckpointIO
+from lightning_bigmodels.strategies.precision import with_true_precision
+from lightning_bigmodels.trainer import Trainer
 
 # a class is known by its short name (`--model CausalLanguageModel`) once it is imported, and packages import lazily
-_KNOWN = [getattr(package, name) for package in (modules, data, callbacks) for name in package.__all__] + [optim]
+_PACKAGES = (modules, data, callbacks, strategies)
+_KNOWN = [getattr(package, name) for package in _PACKAGES for name in package.__all__] + [optim]
 _NOISE = ("💡 Tip", "GPU available: False", "TPU available: False", "HPU available: False")
-
-
+# on in every fit, unless the user's configuration has its own
+_GUARDS: tuple[type[Callback], ...] = (BadNumbers, Preemption, ProcessWatch)
 _CHECKPOINT_HELP = "Checkpoint to load: a path, or best or last of the latest run of fit."
 _FIT_CHECKPOINT_HELP = (
     "Go on from a checkpoint: last continues the latest run in its folder; best or a path starts a new run from there."
 )
+_UNTRAINED = ("export", "prepare")
 _PLAIN_TRAINER: dict[str, Any] = {
     "logger": False,
     "plugins": None,
@@ -43,46 +52,6 @@ _PLAIN_TRAINER: dict[str, Any] = {
     "num_nodes": 1,
     "precision": None,
 }
-
-
-class Trainer(pl.Trainer):
-    """Lightning's Trainer: devices, precision, length of the run, callbacks, loggers."""
-
-    def export(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule | None = None,
-        output: str = "export",
-        ckpt_path: str | None = None,
-    ) -> Path:
-        """Write a trained model to a folder that other programs read.
-
-        Args:
-            model: The model to write.
-            datamodule: Not used, and not set up: export needs no data.
-            output: Folder to write to.
-            ckpt_path: Checkpoint to load: a path, or best or last of the latest fit.
-
-        Returns:
-            The folder.
-
-        Raises:
-            InputError: there are no trained weights to write.
-        """
-        from lightning_bigmodels.export import export
-
-        if ckpt_path is None and not model.hparams.get("pretrained"):
-            raise InputError(
-                "export would write untrained weights; name a checkpoint: --ckpt_path best, last or a file"
-            )
-        model.configure_model()
-        if ckpt_path is not None:
-            checkpoint = torch.load(ckpt_path, weights_only=True, map_location="cpu")
-            model.on_load_checkpoint(checkpoint)
-            model.load_state_dict(checkpoint["state_dict"])
-        folder = export(model, output)
-        print(f"exported to {folder}")
-        return folder
 
 
 class ConfigAction(ActionConfigFile):
@@ -117,7 +86,8 @@ class CLI(LightningCLI):
 
     @override
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method in Lightning
-        verbs = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        own = {verb: {"model", "datamodule"} for verb in ("export", "prepare", "batch_size")}
+        verbs = {**LightningCLI.subcommands(), **own}
         # each verb costs a parser of 50 arguments, and the command has named the one that it needs
         return {self._verb: verbs[self._verb]}
 
@@ -130,11 +100,14 @@ class CLI(LightningCLI):
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # Lightning's Trainer alone has 40 arguments: their list is below, and not in the usage too
-        usage = f"bigmodels {subcommand} [--config RECIPE_OR_FILE ...] [--KEY VALUE ...]"
+        usage = f"bigmodels {subcommand.replace('_', '-')} [--config RECIPE_OR_FILE ...] [--KEY VALUE ...]"
         parser = super()._prepare_subcommand_parser(klass, subcommand, usage=usage, **kwargs)
         for action in parser._actions:
             if action.dest == "ckpt_path":
                 action.help = _FIT_CHECKPOINT_HELP if subcommand == "fit" else _CHECKPOINT_HELP
+            if subcommand == "prepare" and action.dest.split(".")[0] in ("trainer", "model"):
+                # a recipe holds them, and they do nothing here
+                action.help = SUPPRESS
         if subcommand == "predict":
             # nobody receives them, and they may not fit into memory
             parser.set_defaults({"return_predictions": False})
@@ -180,7 +153,9 @@ class CLI(LightningCLI):
         """Find the checkpoint. Lightning lets its hyper-parameters overrule the user's; here the user's stand."""
         verb = self.config["subcommand"]
         config = self.config[verb]
-        if config.get("model") is None:
+        if verb == "prepare":
+            config["model"] = None
+        elif config.get("model") is None:
             raise InputError("no model is named; name a recipe with --config (see: bigmodels recipes) or --model CLASS")
         checkpoint = config.get("ckpt_path")
         if checkpoint and (verb, checkpoint) != ("fit", "last"):
@@ -191,9 +166,11 @@ class CLI(LightningCLI):
         verb = str(self.subcommand)
         config = self.config[verb]
         loggers: list[Logger] = []
-        if verb == "export":
+        if verb in _UNTRAINED:
             # nothing is trained: no folder, and none of the recipe's devices
             kwargs |= {**_PLAIN_TRAINER, "callbacks": []}
+        elif verb == "batch_size":
+            kwargs["logger"] = False
         elif config["trainer"]["logger"] in (None, True):
             root = config["trainer"]["default_root_dir"] or runs.DEFAULT_ROOT
             if config["trainer"]["fast_dev_run"]:
@@ -208,7 +185,13 @@ class CLI(LightningCLI):
             # Trainer's constructor does nothing but judge its arguments
             if loggers:
                 runs.discard(loggers)
+            if "requires a GPU accelerator" in str(error):
+                raise InputError(
+                    "trainer.strategy: fsdp runs on GPUs only; use fsdp2, which runs on CPUs too"
+                ) from error
             raise InputError(f"trainer: {error}") from error
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
         # Lightning appends the progress bar; the summary is printed after it
         callbacks: list[Callback] = vars(trainer)["callbacks"]
         callbacks.sort(key=lambda callback: isinstance(callback, RunSummary))
@@ -216,17 +199,22 @@ class CLI(LightningCLI):
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
-        if self.subcommand != "export":
+        if self.subcommand not in _UNTRAINED:
             summary = RunSummary(
                 configs=self._config_names(), predict_help=getattr(self.model, "predict_help", "predict")
             )
             callbacks = [*callbacks, summary]
+        if self.subcommand == "fit":
+            callbacks = [*(kind() for kind in _GUARDS if not _holds(kind, config["callbacks"])), *callbacks]
         if self.subcommand == "predict":
             callbacks = [PredictionWriter(), *callbacks]
-        if config["enable_progress_bar"] is not False and not _holds_progress_bar(config["callbacks"]):
+        if config["enable_progress_bar"] is not False and not _holds(ProgressBar, config["callbacks"]):
             # Lightning's choice, rich, redraws ten times a second: 10 % of a small network's time on two cores
             callbacks = [*callbacks, TQDMProgressBar(refresh_rate=5)]
-        return super()._instantiate_trainer(config, callbacks)
+        if config["num_nodes"] == 1:
+            # torchrun may start again with fewer or more hosts, and with the same arguments
+            config["num_nodes"] = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        return super()._instantiate_trainer(with_true_precision(config), callbacks)
 
     def _config_names(self) -> list[str]:
         return [display_name(str(path)) for path in self.config[str(self.subcommand)].get("config") or [] if path]
@@ -236,9 +224,30 @@ class CLI(LightningCLI):
         return names[0].removesuffix(".yaml") if names else type(self.model).__name__
 
     @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit" and kwargs.get("ckpt_path") == "last":
+            # Lightning looks in the logger's folder, which rank zero alone knows: the other processes would start anew
+            root = self.config[subcommand]["trainer"]["default_root_dir"] or runs.DEFAULT_ROOT
+            folders = [run / "checkpoints" for run in runs.versions(root, "fit")[-1:]]
+            named = [getattr(callback, "dirpath", None) for callback in self.trainer.checkpoint_callbacks]
+            folders = [Path(folder) for folder in named if folder] or folders
+            found = [path for folder in folders if (path := runs.newest_checkpoint(folder, "last"))]
+            # where there is none, Lightning warns that it starts anew
+            kwargs["ckpt_path"] = str(max(found, key=runs.wholeness_and_age)) if found else "last"
+        return kwargs
+
+    @override
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except BadNumbersError:
+            # all processes raise it, and the first one says it for all
+            if not self.trainer.is_global_zero:
+                raise SystemExit(own_exit_code(self.trainer, 1)) from None
+            raise
+        except PreemptedError:
+            raise
         except SystemExit:
             # Lightning's fit leaves Ctrl-C as exit code 1
             if self.trainer.interrupted:
@@ -255,7 +264,8 @@ def run(argv: Sequence[str]) -> None:
         InputError: the command line, a file or a setting is wrong.
     """
     _quieten(resumes=argv[0] == "fit")
-    CLI(args=list(argv))
+    # the verbs that run are methods of the Trainer
+    CLI(args=[argv[0].replace("-", "_"), *argv[1:]])
 
 
 def _quieten(resumes: bool) -> None:
@@ -335,9 +345,11 @@ def _find_checkpoint(checkpoint: str, root: str) -> str:
 
 def _model_of(path: Path) -> dict[str, Any]:
     """Return class and arguments of the model in a checkpoint, a file or the folder of a sharded one."""
+    if path.is_dir() and not (path / META_FILE).is_file():
+        raise InputError(f"{path} is not a whole checkpoint, it lacks {META_FILE}; name another one")
     # memory-mapped: only the hyper-parameters are read
     content = torch.load(
-        path / "meta.pt" if path.is_dir() else path, weights_only=True, map_location="cpu", mmap=path.is_file()
+        path / META_FILE if path.is_dir() else path, weights_only=True, map_location="cpu", mmap=path.is_file()
     )
     arguments = dict(content.get("hyper_parameters", {}))
     arguments.pop("_instantiator", None)
@@ -347,6 +359,6 @@ def _model_of(path: Path) -> dict[str, Any]:
     return {"class_path": class_path, "init_args": arguments}
 
 
-def _holds_progress_bar(callbacks: Callback | list[Callback] | None) -> bool:
+def _holds(kind: type[Callback], callbacks: Callback | list[Callback] | None) -> bool:
     given = callbacks if isinstance(callbacks, list) else [callbacks]
-    return any(isinstance(callback, ProgressBar) for callback in given)
+    return any(isinstance(callback, kind) for callback in given)

@@ -14,6 +14,13 @@ class InputError(ValueError):
     """
 
 
+class RunError(RuntimeError):
+    """What ended a run although its input is right: a lost process, numbers that are none, a full disk.
+
+    The message says what happened where and how to go on. The `bigmodels` command prints it in place of a traceback.
+    """
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the known name nearest to `name`, or what there is if none is near."""
     names = sorted(known)

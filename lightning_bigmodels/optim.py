@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -23,6 +24,66 @@ UNDECAYED = "undecayed"
 def default_optimizer(params: Iterable[Any]) -> Optimizer:
     """Return AdamW as GPT-3 was trained with (Brown et al. 2020, appendix B), at a rate that suits small networks."""
     return AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+class _ShardedMuon(Muon):
+    """torch's Muon, also for matrices that are sharded over processes (DTensor).
+
+    Orthogonalization needs whole matrices. As many matrices of a shape as there are processes are exchanged at a time,
+    one to each, so that no process computes what another one does.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Update all matrices; `closure` recomputes the loss."""
+        if not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            alike: dict[Any, list[DTensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[p.device_mesh, p.placements, p.shape].append(p)
+            for (mesh, _, _), members in alike.items():
+                for start in range(0, len(members), mesh.size()):
+                    self._update(members[start : start + mesh.size()], group)
+        return loss
+
+    def _update(self, parameters: list[DTensor], group: dict[str, Any]) -> None:
+        """Update matrices of one shape and layout, of which this process orthogonalizes at most one."""
+        updates = []
+        for p in parameters:
+            assert p.grad is not None
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p.grad)
+            state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+            updates.append(p.grad.lerp(state["momentum_buffer"], group["momentum"]))
+        stacked = torch.stack(updates)
+        assert isinstance(stacked, DTensor)
+        mesh, whole = stacked.device_mesh, [Shard(0)] * stacked.device_mesh.ndim
+        # Newton-Schulz runs in bfloat16 anyhow
+        sent = stacked.bfloat16()
+        assert isinstance(sent, DTensor)
+        mine = sent.redistribute(placements=whole).to_local().to(stacked.dtype)
+        steps = DTensor.from_local(
+            _orthogonal_steps(mine, group), mesh, whole, run_check=False, shape=stacked.shape, stride=stacked.stride()
+        ).redistribute(placements=stacked.placements)
+        for p, step in zip(parameters, steps.unbind(0), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=group["lr"])
+
+
+def _orthogonal_steps(updates: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return what Muon adds to each of n matrices (n, rows, columns) at rate 1, by torch's own on matrices of zeros."""
+    steps = torch.zeros_like(updates)
+    settings = {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+    for step, update in zip(steps, updates, strict=True):
+        step.grad = update
+        Muon([step], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, **settings).step()
+    return steps
 
 
 class MuonWithAdamW(Optimizer):
@@ -73,10 +134,11 @@ class MuonWithAdamW(Optimizer):
                 rest.append({**group, "params": others})
         if not matrices:
             raise InputError(
-                "MuonWithAdamW found no hidden matrix in its parameter groups; use torch.optim.AdamW instead"
+                "MuonWithAdamW found no hidden matrix in its parameter groups; use torch.optim.AdamW instead, or, with "
+                "the strategy fsdp, which flattens matrices, fsdp2"
             )
         self._parts: list[Optimizer] = [
-            Muon(
+            _ShardedMuon(
                 matrices,
                 lr=lr,
                 weight_decay=weight_decay,

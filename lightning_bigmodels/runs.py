@@ -39,6 +39,22 @@ def new_version(root: str | Path, verb: str) -> int:
             return number
 
 
+def newest_checkpoint(folder: Path, kind: str) -> Path | None:
+    """Return the newest `best` or `last` checkpoint in a folder, if there is one."""
+    # Lightning writes last-v1.ckpt where a last.ckpt of a former start lies in the way
+    named = [path for path in folder.glob(f"{kind}*.ckpt") if re.fullmatch(rf"{kind}(-v\d+)?", path.stem)]
+    return max(named, key=wholeness_and_age, default=None)
+
+
+def wholeness_and_age(path: Path) -> tuple[bool, float]:
+    """Return by which checkpoints are preferred: whole before broken, younger before older.
+
+    Where none is whole, the one that is taken is loaded and says what it lacks; no run starts anew without a word.
+    """
+    marks = [path / ".metadata", path / "meta.pt"]
+    return path.is_file() or all(mark.is_file() for mark in marks), path.lstat().st_mtime
+
+
 def find_checkpoint(root: str | Path, kind: str) -> Path:
     """Return the `best` or `last` checkpoint of the latest run of `fit` that has checkpoints.
 
@@ -47,11 +63,10 @@ def find_checkpoint(root: str | Path, kind: str) -> Path:
     """
     for run in reversed(versions(root, "fit")):
         folder = run / "checkpoints"
+        named = newest_checkpoint(folder, kind)
+        if named is not None:
+            return named
         found = sorted(folder.glob("*.ckpt"))
-        # Lightning writes last-v1.ckpt where a last.ckpt of a former start lies in the way
-        named = [path for path in found if re.fullmatch(rf"{kind}(-v\d+)?", path.stem)]
-        if named:
-            return max(named, key=lambda path: path.stat().st_mtime)
         if found:
             names = ", ".join(path.name for path in found)
             raise InputError(f"{folder} has no {kind}.ckpt; name one of its files with --ckpt_path: {names}")

@@ -7,8 +7,7 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule
 
-from lightning_bigmodels import export as export_module
-from lightning_bigmodels import recipe_files
+from lightning_bigmodels import recipe_files, trainer
 from lightning_bigmodels.__main__ import main
 from tests import toys
 
@@ -38,7 +37,7 @@ def clean_process(tmp_path, monkeypatch):
 def written(monkeypatch):
     """Stand-in for the export of a known family: records the model that it was given."""
     models = []
-    monkeypatch.setattr(export_module, "export", lambda module, folder: models.append(module) or Path(folder))
+    monkeypatch.setattr(trainer, "export", lambda module, folder: models.append(module) or Path(folder))
     return models
 
 

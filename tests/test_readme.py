@@ -212,8 +212,6 @@ def shrink(words, unused):
     for name in names:
         config = yaml.safe_load(Path(find_config(name)).read_text(encoding="utf-8"))
         merged |= config.get("model", {}).get("init_args", {})
-        if "strategy" in config.get("trainer", {}):
-            override["trainer"]["strategy"] = {"init_args": {"data_parallel_size": 1}}
     if "architecture" in merged:
         override["model"] = {"init_args": {"max_new_tokens": 4}}
         if merged["architecture"]:
@@ -249,8 +247,6 @@ def story(tmp_path, monkeypatch, capsys):
         distributed.destroy_process_group()
 
 
-# torch says so of every sharded best.ckpt that a better one replaces
-@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint in:UserWarning")
 def test_every_block_runs_in_order(story):
     for block in blocks():
         try:
@@ -277,7 +273,6 @@ def test_the_two_commands_of_the_setup_stand_alone_in_their_blocks():
 
 def test_commands_in_sentences_are_in_blocks_or_known():
     known = {
-        "torchrun -m lightning_bigmodels fit …": "by hand on two processes of a CPU",
         "wandb login": "asks for a key",
         "wandb sync": "sends to a server",
         "gzip -9": "a compressor, to compare with",

@@ -1,8 +1,8 @@
 """The family contract: every recipe that ships, in a tiny version, held to each point that it covers.
 
-1 builds on meta · 2 learns · 3 fit, validate, test, predict from YAML · 4 resumes bit for bit · 7 loads under
+1 builds on meta · 2 learns · 3 fit, validate, test, predict from YAML · 4 resumes bit for bit · 5 two processes give
+the loss and the metrics of one · 6 sharded over two it trains, and its checkpoint loads on one · 7 loads under
 weights_only in a process that saw no YAML · 8 its export equals it · 9 broken input ends in one clear error.
-Points 5 and 6 (two processes: equal losses, exact metrics, sharded training) come with the strategies.
 
 A recipe of another data type brings its entry in `TINY`, `BASELINES` and `BROKEN`; everything else holds it unasked.
 """
@@ -12,17 +12,20 @@ import json
 import math
 import subprocess
 import sys
-from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
+from transformers import CONFIG_MAPPING
 
 from lightning_bigmodels import Text, modules
 from lightning_bigmodels.__main__ import main
 from lightning_bigmodels.recipe_files import list_recipes
+from tests.recipe_text import STEPS, broken_text, no_context, tiny_text
+from tests.workers import run_on
 
 # the full-size network of each recipe; a recipe that discovery misses, or one without its entry here, is an error
 PARAMETERS = {
@@ -32,62 +35,12 @@ PARAMETERS = {
 }
 RECIPES = {recipe.name: recipe for recipe in list_recipes()}
 every_recipe = pytest.mark.parametrize("name", sorted(PARAMETERS))
-STEPS = 100
 
 
-def tiny_text(architecture, folder):
-    """Return the overrides that make any recipe on `Text` train within seconds; its source is `folder`/text.txt."""
-    config = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    positions = "n_positions" if architecture == "gpt2" else "max_position_embeddings"
-    config |= {positions: 64}
-    if architecture != "gpt2":
-        config |= {"intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 2}
-    return {
-        "trainer": {"val_check_interval": 50, "check_val_every_n_epoch": None, "max_steps": STEPS, "max_epochs": -1},
-        "model": {
-            "init_args": {
-                "config": config,
-                "compile": False,
-                "max_new_tokens": 8,
-                "optimizer": {"init_args": {"lr": 0.02}},
-                "schedule": {"init_args": {"warmup": 2}},
-            }
-        },
-        "data": {
-            "init_args": {
-                "sources": str(folder / "text.txt"),
-                "encoding": "utf-8",
-                "val_fraction": 0.1,
-                "test_fraction": 0.1,
-                "tokenizer": None,
-                "vocab_size": 300,
-                "block_size": 32,
-                "eval_stride": None,
-                "batch_size": 16,
-                "num_workers": 0,
-                "num_prompts": 3,
-                "cache_dir": str(folder / "cache"),
-            }
-        },
-    }
-
-
-def no_context(data):
-    """Return the bits per byte of the best model that ignores context: the tokens' own frequencies."""
-    data.prepare_data()
-    data.setup("fit")
-    counts = Counter(t for batch in data.train_dataloader() for t in batch["labels"].flatten().tolist())
-    total, nats, num_bytes = counts.total() + data.vocab_size, 0.0, 0
-    for batch in data.val_dataloader():
-        num_bytes += int(batch["num_bytes"].sum())
-        counted = batch["labels"][batch["labels"] != -100]
-        nats -= sum(math.log((counts[t] + 1) / total) for t in counted.tolist())
-    return nats / math.log(2) / num_bytes
-
-
-# by data type: how to make a recipe tiny; which validation metric must fall below which baseline
+# by data type: how to make a recipe tiny; which validation metric must fall below which baseline; what can be broken
 TINY = {"text": tiny_text}
 BASELINES = {"text": ("val_bits_per_byte", lambda args: no_context(Text(**args)))}
+BROKEN = {"text": broken_text}
 
 ONE_PROCESS = {
     "accelerator": "cpu",
@@ -269,6 +222,98 @@ def test_4_broken_off_and_resumed_it_ends_with_the_same_weights(name, runs):
         assert torch.equal(value, resumed["state_dict"][key]), key
 
 
+SHORT = 12
+
+
+class Losses(Callback):
+    """Write the loss of each training batch to a file of this process."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, module, outputs, *args):
+        self.losses.append(float(outputs["loss"]))
+
+    def on_fit_end(self, trainer, module):
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(self.losses))
+
+
+def short_fit(run, strategy, processes):
+    """Fit for a few steps with one global batch for any number of processes; return its losses and its metrics."""
+    root = f"short_{strategy}"
+    losses = run.folder / f"losses_{strategy}"
+    rows = run.overrides["data"]["init_args"]["batch_size"] // processes
+    more = {
+        "trainer.strategy": strategy,
+        "trainer.devices": processes,
+        "trainer.max_steps": SHORT,
+        "trainer.val_check_interval": SHORT,
+        "trainer.precision": "32-true",
+        "data.batch_size": rows,
+        "data.eval_batch_size": 7,
+    }
+    flags = [f"--{key}={value}" for key, value in more.items()]
+    # a random mask differs from process to process
+    flags += [f"--model.config.{key}=0" for key in dropouts(run)]
+    flags += ["--trainer.callbacks+=tests.test_recipes.Losses", f"--trainer.callbacks.folder={losses}"]
+    if processes == 1:
+        assert run.command("fit", *flags, root=root) == 0
+    else:
+        assert run_on(processes, lambda: run.command("fit", *flags, root=root)) == [0] * processes
+    columns = [json.loads((losses / f"{rank}.json").read_text()) for rank in range(processes)]
+    return [sum(row) / processes for row in zip(*columns, strict=True)], metrics(run.folder / root / "fit/version_0")
+
+
+def dropouts(run):
+    names = CONFIG_MAPPING[run.recipe["model"]["init_args"]["architecture"]].__dataclass_fields__
+    return [name for name in names if name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")]
+
+
+@pytest.fixture(scope="module")
+def alone(runs):
+    """Return a function from a recipe's name to the losses and metrics of a short fit on one process."""
+    return cache(lambda name: short_fit(runs(name), "auto", 1))
+
+
+def assert_same(found, expected, metric):
+    assert len(found[0]) == len(expected[0]) >= SHORT
+    assert found[0] == pytest.approx(expected[0], rel=2e-5)
+    assert found[1][metric] == pytest.approx(expected[1][metric], rel=2e-5)
+
+
+@every_recipe
+def test_5_on_two_processes_it_gives_the_losses_and_metrics_of_one(name, runs, alone):
+    run = runs(name)
+    metric, _ = BASELINES[run.type]
+    assert_same(short_fit(run, "ddp", 2), alone(name), metric)
+    # of the same weights, on a number of processes that does not divide the data: every number
+    for processes in (1, 2, 3):
+        flags = ["--ckpt_path", str(run.fitted() / "checkpoints" / "last.ckpt"), "--data.eval_batch_size", "5"]
+        flags += ["--trainer.strategy", "ddp" if processes > 1 else "auto", f"--trainer.devices={processes}"]
+        root = f"validate_{processes}"
+        results = run_on(processes, lambda flags=flags, root=root: run.command("validate", *flags, root=root))
+        assert results == [0] * processes
+    values = [metrics(run.folder / f"validate_{n}" / "validate/version_0")[metric][0] for n in (1, 2, 3)]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-7)
+
+
+@every_recipe
+def test_6_sharded_over_two_processes_it_trains_and_loads_on_one(name, runs, alone):
+    run = runs(name)
+    metric, _ = BASELINES[run.type]
+    sharded = short_fit(run, "fsdp2", 2)
+    assert_same(sharded, alone(name), metric)
+    assert (run.folder / "short_fsdp2" / "fit/version_0/checkpoints/last.ckpt").is_dir()
+    flags = [f"--model.config.{key}=0" for key in dropouts(run)]
+    assert (
+        run.command("validate", "--ckpt_path", "last", "--trainer.precision=32-true", *flags, root="short_fsdp2") == 0
+    )
+    loaded = metrics(run.folder / "short_fsdp2" / "validate/version_0")
+    assert loaded[metric][0] == pytest.approx(sharded[1][metric][-1], rel=2e-5)
+
+
 def test_7_every_checkpoint_loads_in_a_process_that_saw_no_yaml(runs):
     paths = [str(runs(name).fitted() / "checkpoints" / "best.ckpt") for name in PARAMETERS]
     script = """
@@ -294,32 +339,6 @@ def test_8_its_export_loads_elsewhere_and_equals_it(name, runs, tmp_path):
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     for key, value in exported.items():
         assert torch.equal(value, best["state_dict"][f"network.{key}"]), key
-
-
-def broken_text(folder):
-    """Return what can be wrong with text: overrides, and what the one line must say."""
-    (folder / "empty.txt").write_text("")
-    (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1") * 100)
-    (folder / "short.txt").write_text("Too short.")
-    (folder / "rows.jsonl").write_text('{"text": "one"}\n{"text": \n')
-    (folder / "other.jsonl").write_text('{"txt": "one"}\n')
-
-    def source(file):
-        return ["--data.sources", str(folder / file)]
-
-    return [
-        (source("gone.txt"), ["gone.txt"]),
-        (source("empty.txt"), ["empty.txt", "empty"]),
-        (source("latin.txt"), ["latin.txt", "byte 3", "encoding"]),
-        (source("short.txt"), ["short.txt", "block_size"]),
-        (source("rows.jsonl"), ["rows.jsonl", "line 2"]),
-        (source("other.jsonl"), ["other.jsonl", "line 1", "no column 'text'", "'txt'"]),
-        (["--data.block_size", "99"], ["block_size is 99", "64 positions"]),
-        (["--data.vocab_size", "320"], ["320 tokens", "vocab_size is 300"]),
-    ]
-
-
-BROKEN = {"text": broken_text}
 
 
 @every_recipe

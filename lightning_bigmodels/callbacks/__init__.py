@@ -1,8 +1,11 @@
 """What watches a run; Lightning's own callbacks come first."""
 
+from lightning_bigmodels.callbacks.bad_numbers import BadNumbers
 from lightning_bigmodels.callbacks.predictions import PredictionWriter
+from lightning_bigmodels.callbacks.preemption import Preemption
+from lightning_bigmodels.callbacks.process_watch import ProcessWatch
 from lightning_bigmodels.callbacks.run_summary import RunSummary
 from lightning_bigmodels.callbacks.samples import Samples
 from lightning_bigmodels.callbacks.throughput import Throughput
 
-__all__ = ["PredictionWriter", "RunSummary", "Samples", "Throughput"]
+__all__ = ["BadNumbers", "PredictionWriter", "Preemption", "ProcessWatch", "RunSummary", "Samples", "Throughput"]

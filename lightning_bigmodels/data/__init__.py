@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_bigmodels.data.datamodule import DataModule
     from lightning_bigmodels.data.text import Text
+    from lightning_bigmodels.data.uneven import EvenBatches
 
-__all__ = ["DataModule", "Text"]
+__all__ = ["DataModule", "EvenBatches", "Text"]
 
-_HOMES = {"DataModule": "datamodule", "Text": "text"}
+_HOMES = {"DataModule": "datamodule", "EvenBatches": "uneven", "Text": "text"}
 
 
 def __getattr__(name: str) -> Any:

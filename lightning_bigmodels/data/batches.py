@@ -36,7 +36,7 @@ class EvaluationTokenBatch(TokenBatch):
 
 
 class PromptBatch(TypedDict):
-    """Texts to be continued.
+    """Texts to be continued; B is zero where a process has none left and others have.
 
     Attributes:
         prompts: B strings.

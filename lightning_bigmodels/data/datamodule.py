@@ -8,12 +8,13 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_bigmodels.data.loader_processes import outlive_sigterm
 from lightning_bigmodels.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler, identity
 from lightning_bigmodels.errors import InputError
 
 
 class DataModule(pl.LightningDataModule, ABC):
-    """A LightningDataModule whose order of samples is a function of (seed, epoch, number of processes).
+    """A LightningDataModule whose order of samples is a function of (seed, epoch), cut over the processes.
 
     Its data sets answer a list of indices with a batch (`__getitems__`), and evaluation sets answer the index `len`
     with an example that counts for nothing. No Trainer is needed: call `prepare_data`, `setup`, then a loader.
@@ -53,14 +54,32 @@ class DataModule(pl.LightningDataModule, ABC):
         Raises:
             InputError: the data do not fill one batch on every process.
         """
-        num_processes, _ = self.shard()
-        num_batches = self.num_train_samples // (self.batch_size * num_processes)
+        num_batches = self.num_train_samples // self.global_batch_size
         if num_batches == 0:
             raise InputError(
                 f"{self.num_train_samples} training samples do not fill one batch of {self.batch_size} on each of "
-                f"{num_processes} processes; set a smaller batch_size or give more data"
+                f"{self.shard()[0]} processes; set a smaller batch_size or give more data"
             )
         return num_batches
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of a training batch over all processes."""
+        return self.batch_size * self.shard()[0]
+
+    def num_batches_behind(self, samples: int, num_batches: int) -> int:
+        """Return how many batches of this run lie behind a place in the epoch, such that full ones fill the rest of it.
+
+        A run with another number of processes or another batch size may have left any place. What it has trained counts
+        here as as many batches as are missing to a whole epoch.
+
+        Args:
+            samples: The place: samples behind it, over all processes.
+            num_batches: Batches of this run's epoch, `num_train_batches` or fewer.
+        """
+        size = self.global_batch_size
+        end = self.num_train_samples if num_batches == self.num_train_batches else num_batches * size
+        return num_batches - max(0, end - samples) // size
 
     def shard(self) -> tuple[int, int]:
         """Return how many processes share the data and which of them this one is; (1, 0) without a Trainer.
@@ -83,12 +102,12 @@ class DataModule(pl.LightningDataModule, ABC):
             **self._loader_options(),
         )
 
-    def evaluation_loader(self, dataset: Dataset[Any], even: bool = True) -> DataLoader[Any]:
-        """Return a loader that counts every example once and, if `even`, gives every process equally many batches."""
+    def evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        """Return a loader that counts every example once and gives every process equally many batches."""
         return DataLoader(
             dataset,
             batch_size=self.eval_batch_size,
-            sampler=EvaluationSampler(dataset, *self.shard(), even=even),  # type: ignore[arg-type]
+            sampler=EvaluationSampler(dataset, *self.shard()),  # type: ignore[arg-type]
             generator=torch.Generator(),  # validation leaves the training stream alone
             **self._loader_options(),
         )
@@ -98,6 +117,7 @@ class DataModule(pl.LightningDataModule, ABC):
             "collate_fn": identity,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": outlive_sigterm if self.num_workers else None,
             "pin_memory": torch.cuda.is_available(),
         }
 

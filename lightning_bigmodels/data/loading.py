@@ -1,7 +1,7 @@
 """Samplers and loaders whose order is a function of (seed, epoch): a killed run goes on with the very next batch."""
 
 from collections.abc import Iterator, Sized
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
@@ -25,6 +25,9 @@ class ResumableSampler(DistributedSampler[Any]):
     It is a `DistributedSampler` because Lightning replaces every other kind under a distributed strategy. `len` is the
     whole epoch's also when the start lies further on: Lightning counts the batches it has trained before.
 
+    Attributes:
+        indices: (N,) int64, this process's share of the epoch from its start on, known while it is iterated over.
+
     Args:
         dataset: What is sampled.
         num_replicas: Number of processes that share the data.
@@ -35,6 +38,7 @@ class ResumableSampler(DistributedSampler[Any]):
     def __init__(self, dataset: Sized, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
         self.start = 0
+        self.indices = torch.empty(0, dtype=torch.int64)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch; a start inside the epoch before it is forgotten (as after `limit_train_batches`)."""
@@ -52,44 +56,54 @@ class ResumableSampler(DistributedSampler[Any]):
         return torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
-        order = self.order(epoch_generator(self.seed, self.epoch))[: self.total_size]
+        order = self.order(epoch_generator(self.seed, self.epoch))
         start, self.start = self.start, 0
-        return iter(order[start:][self.rank :: self.num_replicas].tolist())
+        # The rest is cut, not the whole: another number of processes may have left a start that is no multiple of this.
+        stop = len(order) - (len(order) - start) % self.num_replicas
+        self.indices = order[start:stop][self.rank :: self.num_replicas]
+        return iter(self.indices.tolist())
 
 
 class EvaluationSampler(DistributedSampler[Any]):
-    """Deals every example to exactly one process, in order.
+    """Deals every example to exactly one process, in order, and to all processes equally many indices.
+
+    A sharded network needs that, since its forward pass is a collective. What is missing is filled with the index
+    `len(dataset)`, which the data set answers with an example that counts for nothing.
 
     Args:
         dataset: What is evaluated.
         num_replicas: Number of processes that share the data.
         rank: This process among them, from 0.
-        even: Give every process equally many indices, which a sharded network needs: its forward pass is a collective.
-            What is missing is filled with the index `len(dataset)`, which the data set answers with an example that
-            counts for nothing.
     """
 
-    def __init__(self, dataset: Sized, num_replicas: int = 1, rank: int = 0, even: bool = True) -> None:
+    def __init__(self, dataset: Sized, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=False, drop_last=False)  # type: ignore[arg-type]
-        self.even = even
-
-    def _indices(self) -> range:
-        end = self.total_size if self.even else len(self.dataset)  # type: ignore[arg-type]
-        return range(self.rank, end, self.num_replicas)
-
-    def __len__(self) -> int:
-        return len(self._indices())
 
     def __iter__(self) -> Iterator[int]:
         length = len(self.dataset)  # type: ignore[arg-type]
-        return (min(index, length) for index in self._indices())
+        return (min(index, length) for index in range(self.rank, self.total_size, self.num_replicas))
+
+
+class Place(TypedDict):
+    """Where a batch lies in the data.
+
+    Attributes:
+        epoch: From 0.
+        samples: First and end (not included) in the epoch's order, counted over all processes.
+        indices: This process's own samples of the batch, as indices of the data set.
+    """
+
+    epoch: int
+    samples: tuple[int, int]
+    indices: list[int]
 
 
 class ResumableDataLoader(DataLoader[Any]):
     """A loader over a `ResumableSampler` that Lightning stores in the checkpoint and puts back to the next batch.
 
     The state counts samples over all processes, so that rank 0's copy, the only one that Lightning keeps, serves every
-    process, also another number of them with the same global batch.
+    process, also another number of them and another batch size. What then remains of the epoch is cut into batches from
+    that place on; samples that do not fill a batch on every process are left out, as at the end of every epoch.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -97,7 +111,8 @@ class ResumableDataLoader(DataLoader[Any]):
         kwargs.setdefault("generator", torch.Generator())
         super().__init__(*args, **kwargs)
         self._epoch = 0
-        self._num_consumed = 0
+        self._first_sample = 0
+        self._num_batches = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: its body runs at the first `next`, which is after Lightning's `set_epoch`.
@@ -107,25 +122,43 @@ class ResumableDataLoader(DataLoader[Any]):
             return
         assert self.generator is not None
         self.generator.manual_seed(epoch_generator(sampler.seed, sampler.epoch).initial_seed())
-        self._epoch, self._num_consumed = sampler.epoch, sampler.start
+        self._epoch, self._first_sample, self._num_batches = sampler.epoch, sampler.start, 0
         for batch in super().__iter__():
             # Counted where batches are handed out: workers have fetched further ahead.
-            self._num_consumed += self._global_batch_size()
+            self._num_batches += 1
             yield batch
 
-    def _global_batch_size(self) -> int:
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of a batch over all processes."""
         assert self.batch_size is not None
         return self.batch_size * getattr(self.sampler, "num_replicas", 1)
 
+    def place(self) -> Place:
+        """Return where the last batch handed out lies; empty before the first batch and under `overfit_batches`."""
+        if not isinstance(self.sampler, ResumableSampler):
+            return {"epoch": 0, "samples": (0, 0), "indices": []}
+        assert self.batch_size is not None
+        size = self.global_batch_size
+        before = max(0, self._num_batches - 1)
+        start, stop = self._first_sample + before * size, self._first_sample + self._num_batches * size
+        indices = self.sampler.indices[before * self.batch_size : self._num_batches * self.batch_size]
+        return {"epoch": self._epoch, "samples": (start, stop), "indices": indices.tolist()}
+
     def state_dict(self) -> dict[str, int]:
-        """Return the place of the next batch: plain values, equal on all processes."""
-        return {"epoch": self._epoch, "samples": self._num_consumed}
+        """Return the place of the next batch: plain values, equal on all processes; nothing under `overfit_batches`."""
+        if not isinstance(self.sampler, ResumableSampler):
+            return {}
+        size = self.global_batch_size
+        samples = self._first_sample + self._num_batches * size
+        return {"epoch": self._epoch, "samples": samples, "global_batch_size": size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration begin there; behind the last batch of an epoch that is the next epoch."""
+        """Let the next iteration begin there; where no batch remains in the epoch, with the next epoch."""
+        if not state or not isinstance(self.sampler, ResumableSampler):
+            return
         epoch, start = state["epoch"], state["samples"]
-        if start >= len(self) * self._global_batch_size():
+        if len(self.sampler.dataset) - start < self.global_batch_size:  # type: ignore[arg-type]
             epoch, start = epoch + 1, 0
-        self._epoch, self._num_consumed = epoch, start
-        if isinstance(self.sampler, ResumableSampler):
-            self.sampler.seek(epoch, start)
+        self._epoch, self._first_sample, self._num_batches = epoch, start, 0
+        self.sampler.seek(epoch, start)

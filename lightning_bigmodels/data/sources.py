@@ -51,7 +51,7 @@ class Corpus:
             elif name.startswith("hub:"):
                 marks.append([name, self._hub_dataset(name)._fingerprint])
             else:
-                for path in _expand(name):
+                for path in expand(name):
                     stat = path.stat()
                     marks.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
         return marks
@@ -68,7 +68,7 @@ class Corpus:
             elif name.startswith("hub:"):
                 yield from _hub_rows(name, self._hub_dataset(name), self.column)
             else:
-                for path in _expand(name):
+                for path in expand(name):
                     yield from read_file(path, self.column, self.encoding)
 
     def _hub_dataset(self, name: str) -> Any:
@@ -113,7 +113,10 @@ class TextParts:
 
     @cached_property
     def _bounds(self) -> dict[str, tuple[int, int]]:
-        total = sum(map(num_utf8_bytes, self.train.documents()))
+        return self.bounds(sum(map(num_utf8_bytes, self.train.documents())))
+
+    def bounds(self, total: int) -> dict[str, tuple[int, int]]:
+        """Return where each part begins and ends in `total` bytes."""
         if total == 0:
             raise InputError(f"{self.train} holds no text; give sources that do")
         val = total if self.val else total - round(total * self.val_fraction)
@@ -197,7 +200,7 @@ def _kind(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
 
 
-def _expand(name: str) -> list[Path]:
+def expand(name: str) -> list[Path]:
     """Return the files that a path, folder or glob stands for, sorted."""
     path = Path(name).expanduser()
     if path.is_file():

@@ -9,11 +9,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor.parallel import ParallelStyle
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lightning_bigmodels.errors import InputError, near
+from lightning_bigmodels.strategies.tensor_parallel import parallel_styles
 
 
 class SplitForward:
@@ -141,6 +143,36 @@ def pretrained_network(source: str, config: PreTrainedConfig) -> PreTrainedModel
     except (OSError, ValueError) as error:
         raise _unreadable(source, error) from error
     return network.train()
+
+
+def tensor_parallel_plan(network: PreTrainedModel, size: int) -> dict[str, ParallelStyle]:
+    """Return transformers' own plan of how to split a network's layers over `size` processes.
+
+    Raises:
+        InputError: transformers has none, a style of it is not supported, or heads do not divide.
+    """
+    base = f"{network.base_model_prefix}."
+    plan = {f"{base}{name}": style for name, style in (network.config.base_model_tp_plan or {}).items()}
+    plan |= network.tp_plan or {}
+    if not plan:
+        name = type(network).__name__
+        raise InputError(f"transformers has no tensor-parallel plan for {name}; use the strategy fsdp2")
+    config = network.config.get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
+        if heads is not None and heads % size:
+            raise InputError(
+                f"{name} is {heads}, which does not divide over {size} tensor-parallel processes; choose a size that "
+                f"divides it, or the strategy fsdp2"
+            )
+    styles = parallel_styles(plan, network)
+    inputs, outputs = network.get_input_embeddings(), network.get_output_embeddings()
+    if outputs is not None and inputs.weight is outputs.weight:
+        # one weight, one layout: rows of the vocabulary
+        names = {module: name for name, module in network.named_modules()}
+        tied = {names[inputs]: "embedding_rowwise", names[outputs]: "colwise_gather_output"}
+        styles |= parallel_styles(tied, network)
+    return styles
 
 
 def _unreadable(source: str, error: Exception) -> InputError:

@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -143,6 +144,11 @@ class CausalLanguageModel(LanguageModeling):
         names = set(self.network._no_split_modules or ())
         return [module for module in self.network.modules() if type(module).__name__ in names]
 
+    @override
+    def tensor_parallel_plan(self, size: int) -> dict[str, ParallelStyle]:
+        assert self.network is not None
+        return huggingface.tensor_parallel_plan(self.network, size)
+
     # ---- data and tokenizer
 
     @override
@@ -259,6 +265,8 @@ class CausalLanguageModel(LanguageModeling):
             generation_config=GenerationConfig(
                 max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad
             ),
+            # the processes of a sharded network answer each other's forward passes until the last has ended
+            synced_gpus=self.device_mesh is not None,
         )
         network.train(was_training)
         new = output[:, longest:]

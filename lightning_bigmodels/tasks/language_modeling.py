@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
+from lightning_bigmodels.data.prompts import Prompts
 from lightning_bigmodels.tasks.chunked_loss import IGNORED
 from lightning_bigmodels.tasks.task import Phase, Task
+
+_ANY_PROMPT = "a"
 
 
 class _TextMetric(Metric):
@@ -80,7 +83,10 @@ class LanguageModeling(Task):
 
     @abstractmethod
     def generate(self, prompts: Sequence[str], indices: Sequence[int] | None = None) -> list[str]:
-        """Return what follows each prompt; `indices` choose each prompt's random stream, its place by default."""
+        """Return what follows each prompt; `indices` choose each prompt's random stream, its place by default.
+
+        All processes of a sharded network call it together, each with prompts of its own, and end together.
+        """
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise an InputError for prompts that `generate` would refuse; a rule of the family's own."""
@@ -101,7 +107,18 @@ class LanguageModeling(Task):
         return loss + extra
 
     @override
+    def on_predict_start(self) -> None:
+        # Each process checks the prompts of all: if one alone refused its own, the others would wait for it.
+        prompts = getattr(self.trainer.predict_dataloaders, "dataset", None)
+        if isinstance(prompts, Prompts):
+            self.check_prompts(prompts.prompts)
+
+    @override
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        if not batch["prompts"]:
+            if self.device_mesh is not None:
+                self.generate([_ANY_PROMPT])  # a sharded network answers the others only if this process asks too
+            return []
         indices = batch["indices"].tolist()
         completions = self.generate(batch["prompts"], indices)
         return [

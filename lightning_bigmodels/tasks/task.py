@@ -10,12 +10,21 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.optim import HIDDEN, OUTPUT, UNDECAYED, ScheduleCallable, default_optimizer
+from lightning_bigmodels.strategies.clipping import clip_norm, clip_value, on_several_meshes
+from lightning_bigmodels.strategies.fsdp2 import shard
+from lightning_bigmodels.strategies.precision import check_precision
 from lightning_bigmodels.tasks.exact_resume import ExactResume
 
 Phase = Literal["train", "val", "test"]
@@ -51,6 +60,7 @@ class Task(ExactResume, ABC):
         self.l1_penalty = l1_penalty
         self.compile_network = compile
         self.network = None
+        self._matrices: set[nn.Parameter] = set()
 
     @abstractmethod
     def build_network(self) -> nn.Module:
@@ -67,6 +77,14 @@ class Task(ExactResume, ABC):
     def blocks(self) -> list[nn.Module]:
         """Return the repeated layers, each to be sharded and gathered as a whole."""
         return []
+
+    def tensor_parallel_plan(self, size: int) -> dict[str, ParallelStyle]:
+        """Return how layers are split over `size` processes, by their names in the network; empty where none can be.
+
+        Raises:
+            InputError: the network cannot be split over so many.
+        """
+        return {}
 
     @override
     def save_hyperparameters(
@@ -89,24 +107,25 @@ class Task(ExactResume, ABC):
     def configure_model(self) -> None:
         if self.network is not None:
             return
+        if self._trainer is not None:
+            check_precision(self._trainer)
         self.network = self.build_network()
-        if self.device_mesh is not None:
-            self._shard()
+        mesh = self.device_mesh
+        if mesh is not None:
+            size = mesh["tensor_parallel"].size()
+            styles = self.tensor_parallel_plan(size) if size > 1 else {}
+            shard(self.network, mesh, self.blocks(), styles, str(self.trainer.precision))
+        elif self._trainer is not None and isinstance(self._trainer.strategy, FSDPStrategy):
+            self._prepare_for_fsdp1(self._trainer.strategy)
 
-    def _shard(self) -> None:
-        """Shard blocks and root by FSDP2; also on a mesh of size one, or loading fails (Lightning 2.6)."""
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        assert self.device_mesh is not None
+    def _prepare_for_fsdp1(self, strategy: FSDPStrategy) -> None:
+        """Tell FSDP1, which wraps the whole module later, what to gather as a whole; it leaves only flat parameters."""
+        if self.l1_penalty:
+            raise InputError("l1_penalty does not work with the strategy fsdp, which flattens matrices; use fsdp2")
         assert self.network is not None
-        mesh = self.device_mesh["data_parallel"]
-        policy = MixedPrecisionPolicy()
-        if self.trainer.precision == "bf16-mixed":
-            # autocast alone would gather the parameters in float32: twice the bytes
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for block in self.blocks():
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(self.network, mesh=mesh, mp_policy=policy)
+        policy = ModuleWrapPolicy({type(block) for block in self.blocks()})
+        strategy.kwargs.setdefault("auto_wrap_policy", policy)
+        self._matrices = {p for p in self.network.parameters() if p.ndim >= 2}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -134,7 +153,8 @@ class Task(ExactResume, ABC):
 
     def _l1_norm(self) -> Tensor:
         decayed = [p for group in self.parameter_groups() if group["name"] != UNDECAYED for p in group["params"]]
-        return torch.stack([p.abs().sum() for p in decayed]).sum()
+        sums = [p.abs().sum() for p in decayed]
+        return torch.stack([total.full_tensor() if isinstance(total, DTensor) else total for total in sums]).sum()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the trainable parameters as up to three named groups.
@@ -155,7 +175,7 @@ class Task(ExactResume, ABC):
         for parameter in self.network.parameters():
             if not parameter.requires_grad:
                 continue
-            if id(parameter) in embeddings or parameter.ndim < 2:
+            if id(parameter) in embeddings or (parameter.ndim < 2 and parameter not in self._matrices):
                 groups[UNDECAYED].append(parameter)
             else:
                 groups[OUTPUT if id(parameter) in outputs else HIDDEN].append(parameter)
@@ -171,6 +191,24 @@ class Task(ExactResume, ABC):
             return optimizer
         scheduler = self.schedule(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        whole = self.trainer.strategy.model
+        if gradient_clip_val and by_norm and isinstance(whole, FullyShardedDataParallel):
+            whole.clip_grad_norm_(gradient_clip_val)
+        elif gradient_clip_val and on_several_meshes(parameters):
+            clip = clip_norm if by_norm else clip_value
+            clip(parameters, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def total_steps(self) -> int:
         """Return the optimizer steps of the whole run.

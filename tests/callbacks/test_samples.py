@@ -10,6 +10,7 @@ from lightning_bigmodels.callbacks.report import report_table
 from lightning_bigmodels.errors import InputError
 from tests.conftest import TINY_LLAMA
 from tests.toys import ToyModel
+from tests.workers import fit_on
 
 PROMPTS = ["The class", "If"]
 
@@ -81,3 +82,29 @@ def test_a_table_reaches_each_logger_in_its_own_way(monkeypatch):
         ("wandb", {"key": "samples", "columns": ["prompt", "completion"], "data": [["a", "b\nc"]]}),
         ("add_text", ("samples", "| prompt | completion |\n| --- | --- |\n| a | b<br>c |", 7), {}),
     ]
+
+
+@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (2, "fsdp2"), (2, "tp")])
+def test_processes_make_the_samples_of_one_together(processes, strategy, text, tmp_path):
+    def fit(processes, strategy, folder):
+        fit_on(
+            processes,
+            strategy,
+            # no step of the optimizer, so no rounding of its own either
+            lambda: CausalLanguageModel(
+                architecture="llama",
+                config=TINY_LLAMA,
+                max_new_tokens=6,
+                optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+            ),
+            lambda: text(batch_size=8 // processes),
+            limit_val_batches=1,
+            val_check_interval=2,
+            max_steps=2,
+            callbacks=[Samples(PROMPTS)],
+            default_root_dir=folder,
+        )
+        (path,) = (folder / "samples").iterdir()
+        return path.name, path.read_text(encoding="utf-8")
+
+    assert fit(processes, strategy, tmp_path / strategy) == fit(1, "auto", tmp_path / "alone")

@@ -101,7 +101,7 @@ def test_a_checkpoint_of_the_last_batch_begins_the_next_epoch():
     assert first.state_dict() == state
     second = loader()
     second.load_state_dict(state)
-    assert second.state_dict() == {"epoch": 1, "samples": 0}
+    assert second.state_dict() == {"epoch": 1, "samples": 0, "global_batch_size": 4}
     assert list(second) == epoch(loader(), 1)
 
 
@@ -125,12 +125,50 @@ def test_two_processes_are_continued_by_one():
     assert sorted(flat(taken[0] + taken[1] + rest)) == list(range(64))
 
 
+@pytest.mark.parametrize(("world", "batch_size", "start"), [(4, 4, 20), (3, 2, 10), (2, 3, 7), (2, 5, 41), (4, 4, 40)])
+def test_any_place_is_continued_by_any_number_of_processes(world, batch_size, start):
+    order = flat(epoch(loader(batch_size=1), 2))
+    parts = []
+    for rank in range(world):
+        data = loader(batch_size=batch_size, world=world, rank=rank)
+        data.load_state_dict({"epoch": 2, "samples": start, "global_batch_size": 1})
+        parts.append(list(data))
+    together = [row for batches in zip(*parts, strict=True) for rows in zip(*batches, strict=True) for row in rows]
+    size = world * batch_size
+    # where nothing whole remains, the next epoch begins
+    expected = order[start:] if 50 - start >= size else flat(epoch(loader(batch_size=1), 3))
+    assert together == expected[: len(expected) // size * size]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12 on forked workers
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_place_names_the_samples_of_the_last_batch(num_workers):
+    data = loader(length=50, batch_size=4, world=2, rank=1, num_workers=num_workers)
+    assert data.place() == {"epoch": 0, "samples": (0, 0), "indices": []}
+    data.load_state_dict({"epoch": 3, "samples": 5, "global_batch_size": 8})
+    assert data.place() == {"epoch": 3, "samples": (5, 5), "indices": []}
+    data.sampler.set_epoch(3)
+    places = []
+    for batch in data:
+        places.append(data.place())
+        assert places[-1]["indices"] == batch
+    assert [place["samples"] for place in places] == [(start, start + 8) for start in (5, 13, 21, 29, 37)]
+    assert all(place["epoch"] == 3 for place in places)
+    assert [len(batch) for batch in epoch(data, 4)] == [4] * 6
+    assert data.place()["samples"] == (40, 48)
+
+
 def test_works_with_the_sampler_that_overfit_batches_puts_in():
     dataset = Numbers(8)
     data = ResumableDataLoader(dataset, batch_size=4, sampler=torch.utils.data.SequentialSampler(dataset))
     data.collate_fn = identity
     assert list(data) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    data.load_state_dict(data.state_dict())
+    assert data.state_dict() == {}
+    data.load_state_dict({})
+    assert data.place() == {"epoch": 0, "samples": (0, 0), "indices": []}
+    resumable = loader()
+    resumable.load_state_dict({})
+    assert resumable.state_dict()["samples"] == 0
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -141,5 +179,3 @@ def test_evaluation_counts_each_example_once_in_equal_shares(length, world):
     assert [len(EvaluationSampler(Numbers(length), world, rank)) for rank in range(world)] == list(map(len, shares))
     assert sorted(index for index in flat(shares) if index < length) == list(range(length))
     assert {index for index in flat(shares) if index >= length} <= {length}
-    uneven = [list(EvaluationSampler(Numbers(length), world, rank, even=False)) for rank in range(world)]
-    assert sorted(flat(uneven)) == list(range(length))

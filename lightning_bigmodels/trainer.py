@@ -1,0 +1,160 @@
+"""The Trainer of the `bigmodels` command: Lightning's, with the command's own verbs as methods."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from typing_extensions import override
+
+from lightning_bigmodels.batch_size import find_batch_size
+from lightning_bigmodels.data import Text
+from lightning_bigmodels.errors import InputError, RunError
+from lightning_bigmodels.export import export
+from lightning_bigmodels.strategies.checkpoint_io import read_sharded
+from lightning_bigmodels.strategies.sharded_checkpoint import ShardedCheckpoints
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer: devices, precision, length of the run, callbacks, loggers."""
+
+    @override
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        error: Exception | None = None
+        try:
+            super().save_checkpoint(filepath, weights_only, storage_options)
+        except (InputError, RunError) as caught:
+            if isinstance(self.strategy, ShardedCheckpoints):
+                raise  # on all processes
+            error = caught
+            # rank zero alone writes a plain file; the others have gone on to this
+            self.strategy.barrier()
+        if not isinstance(self.strategy, ShardedCheckpoints):
+            self._raise_on_all(error)
+
+    @override
+    def _teardown(self) -> None:
+        # where a save in the background ends; after an error the other processes may be gone
+        if self.interrupted or isinstance(self.strategy, ShardedCheckpoints):
+            super()._teardown()
+            return
+        error: Exception | None = None
+        try:
+            super()._teardown()
+        except (InputError, RunError) as caught:
+            error = caught
+        self._raise_on_all(error)
+
+    def _raise_on_all(self, error: Exception | None) -> None:
+        """Raise the error of rank zero on all processes, which would wait for it for ever."""
+        error = self.strategy.broadcast(error)
+        if error is not None:
+            raise error
+
+    def export(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        output: str = "export",
+        ckpt_path: str | None = None,
+    ) -> Path:
+        """Write a trained model to a folder that other programs read.
+
+        Args:
+            model: The model to write.
+            datamodule: Not used, and not set up: export needs no data.
+            output: Folder to write to.
+            ckpt_path: Checkpoint to load: a path, or best or last of the latest fit.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InputError: there are no trained weights to write.
+        """
+        if ckpt_path is None and not model.hparams.get("pretrained"):
+            raise InputError(
+                "export would write untrained weights; name a checkpoint: --ckpt_path best, last or a file"
+            )
+        model.configure_model()
+        if ckpt_path is not None:
+            if Path(ckpt_path).is_dir():
+                checkpoint = read_sharded(Path(ckpt_path), network_only=True)
+            else:
+                checkpoint = torch.load(ckpt_path, weights_only=True, map_location="cpu")
+            model.on_load_checkpoint(checkpoint)
+            model.load_state_dict(checkpoint["state_dict"])
+        folder = export(model, output)
+        print(f"exported to {folder}")
+        return folder
+
+    def prepare(
+        self,
+        output: str,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        num_workers: int | None = None,
+        shard_bytes: int = 16 * 2**20,
+    ) -> None:
+        """Tokenize text once into shards that --data.shards reads, also from an object store.
+
+        A recipe's data, or --data Text and --data.sources, say what is prepared: data.sources, data.tokenizer or
+        data.vocab_size, and the fractions or sources for validation and test. Killed anywhere, the same command goes
+        on. The address of an S3-compatible store is AWS_ENDPOINT_URL; credentials are found as by every AWS program.
+
+        Args:
+            output: A folder or s3://BUCKET/PREFIX; empty, or left by the same command.
+            model: Not used.
+            datamodule: The text.
+            num_workers: Processes that tokenize; 0 is none but this one, null is one for each core.
+            shard_bytes: Size of a shard; 64 of them are read at the same time.
+
+        Raises:
+            InputError: there is nothing to prepare, or the output holds something else.
+        """
+        if not isinstance(datamodule, Text):
+            name = "no data is" if datamodule is None else f"{type(datamodule).__name__} is"
+            raise InputError(f"{name} given, and prepare knows Text; name a recipe with --config, or --data Text")
+        cores = len(os.sched_getaffinity(0))
+        datamodule.write_shards(output, shard_bytes, cores if num_workers is None else num_workers)
+
+    def batch_size(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        memory: float | None = None,
+        max: int | None = None,
+    ) -> int:
+        """Find the largest data.batch_size whose training step fits into memory on all processes.
+
+        Steps are run on made-up batches of growing size, with devices, strategy, precision and accumulation as given,
+        and the peak of each is measured. Nothing is read or written. Evaluation and generation are not counted.
+
+        Args:
+            model: The model to train.
+            datamodule: Makes the batches.
+            memory: GiB that a step may need on each process; null takes what is available, less a margin.
+            max: Largest batch size to try; null leaves it to memory.
+
+        Returns:
+            The batch size.
+
+        Raises:
+            InputError: not even one row fits.
+        """
+        if datamodule is None:
+            raise InputError("no data is named; name a recipe with --config (see: bigmodels recipes) or --data CLASS")
+        try:
+            found = find_batch_size(self, model, datamodule, memory, max)
+        except InputError:
+            # all processes raise it, and the first one says it for all
+            if not self.is_global_zero:
+                raise SystemExit(2) from None
+            raise
+        if self.is_global_zero:
+            print(found)
+        return found.batch_size
