@@ -204,6 +204,9 @@ class CLI(LightningCLI):
                 configs=self._config_names(), predict_help=getattr(self.model, "predict_help", "predict")
             )
             callbacks = [*callbacks, summary]
+            if config["num_nodes"] == 1:
+                # torchrun may start again with fewer or more hosts, and with the same arguments
+                config["num_nodes"] = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         if self.subcommand == "fit":
             callbacks = [*(kind() for kind in _GUARDS if not _holds(kind, config["callbacks"])), *callbacks]
         if self.subcommand == "predict":
@@ -211,9 +214,6 @@ class CLI(LightningCLI):
         if config["enable_progress_bar"] is not False and not _holds(ProgressBar, config["callbacks"]):
             # Lightning's choice, rich, redraws ten times a second: 10 % of a small network's time on two cores
             callbacks = [*callbacks, TQDMProgressBar(refresh_rate=5)]
-        if config["num_nodes"] == 1:
-            # torchrun may start again with fewer or more hosts, and with the same arguments
-            config["num_nodes"] = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         return super()._instantiate_trainer(with_true_precision(config), callbacks)
 
     def _config_names(self) -> list[str]:

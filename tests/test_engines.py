@@ -118,8 +118,7 @@ def assert_went_on_exactly():
     assert content["global_step"] == STEPS
 
 
-# torch and Lightning say so of the profiler that Lightning makes, in so short a run
-@pytest.mark.filterwarnings("ignore:The PyTorch Profiler default schedule will be overridden")
+# torch says so of the profiler that Lightning makes
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events at the end of each cycle")
 def test_the_commands_run_in_order(folder, capfd):
     for block in blocks():
@@ -133,9 +132,12 @@ def test_the_commands_run_in_order(folder, capfd):
                 assert result.returncode == 0, result.stderr
             else:
                 assert words[0] == "bigmodels", f"line {block.line}: neither run nor known"
-                bound = ["--max", "4"] if words[1] == "batch-size" else []
+                more = ["--max", "4"] if words[1] == "batch-size" else []
+                if "--trainer.profiler" in words:
+                    # it leaves out the first two batches, and is another one where there are fewer than five
+                    more = [f"--trainer.{name}=6" for name in ("max_steps", "val_check_interval", "limit_val_batches")]
                 processes = 2 if "--trainer.devices" in words else 1
-                assert run_on(processes, main, [*words[1:], *bound]) == [0] * processes, f"line {block.line}"
+                assert run_on(processes, main, [*words[1:], *more]) == [0] * processes, f"line {block.line}"
 
     assert "largest batch per process: --data.batch_size 4" in capfd.readouterr().out
     runs = Path("runs/quickstart/fit")
@@ -270,20 +272,25 @@ def test_a_slurm_job_is_signalled_and_requeued(folder, monkeypatch):
 FAULT = """
 import os
 import signal
+import time
 from pathlib import Path
 
 from lightning.pytorch import Callback
 
+FOLDER = Path({folder!r})
+
 
 class KilledOnce(Callback):
-    def on_train_epoch_start(self, trainer, module):
-        if trainer.global_rank == 0:
-            with Path({folder!r}, "epochs").open("a+") as file:
-                file.write(f"{{trainer.current_epoch}} ")
-                file.seek(0)
-                if file.read() == "0 1 ":
-                    file.flush()
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_rank != 0:
+            return
+        with (FOLDER / "epochs").open("a") as file:
+            file.write(str(trainer.current_epoch))
+        if (FOLDER / "epochs").read_text() == 10 * "0" + "1":
+            # Ray takes note of a checkpoint a moment after it was reported
+            while not (FOLDER / "runs/ray/gpt2/checkpoint_manager_snapshot.json").exists():
+                time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -307,7 +314,7 @@ def test_ray_trains_and_goes_on_when_a_worker_is_killed(folder, monkeypatch):
         finally:
             process.terminate()  # on which Ray ends its processes
     assert process.returncode == 0, output
-    assert Path("epochs").read_text() == "0 1 1 "
+    assert Path("epochs").read_text() == 10 * "0" + "1" + 10 * "1"
     (metrics,) = re.findall(r"^\{'train_loss'.*\}$", output, flags=re.M)
     assert "'epoch': 1, 'step': 20" in metrics
     reported = [torch.load(path, weights_only=True) for path in Path("runs/ray/gpt2").glob("*/checkpoint.ckpt")]
@@ -373,7 +380,7 @@ def test_what_the_page_names_is_there():
     kinds = (strategies.CompressedDDPStrategy, strategies.FSDP2Strategy)
     arguments = {name for kind in kinds for name in inspect.signature(kind).parameters} | {"bucket_cap_mb"}
     assert {"compression", "tensor_parallel_size"} <= options <= arguments
-    extras = set(re.findall(r"extra `\[(\w+)\]`", PAGE))
+    extras = set(re.findall(r"extra\s`\[(\w+)\]`", PAGE))
     declared = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.M)
-    assert extras == {"ray"}
+    assert extras == {"ray", "streaming"}
     assert extras <= set(declared)
