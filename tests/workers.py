@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,8 @@ def _work(
     }
     # of a test that ran the command before; Lightning would seed the workers with it once more
     os.environ.pop("PL_GLOBAL_SEED", None)
+    # the server from which the test's own process forks is no child of a worker, which must start one for itself
+    forkserver._forkserver._forkserver_pid = None
     # Lightning reads the rank from the environment when it is imported, which was before the fork
     rank_zero_only.rank = rank
     torch.set_num_threads(1)
