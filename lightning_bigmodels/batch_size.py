@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from lightning_bigmodels.callbacks.process_watch import ProcessWatch
 from lightning_bigmodels.errors import InputError, RunError
 from lightning_bigmodels.peak_memory import GIB, Memory, memory_of
+from lightning_bigmodels.strategies.collectives import gather
 
 _T = TypeVar("_T")
 _NEVER_REACHED = 10**9  # batches of the epoch that the search is
@@ -265,13 +266,13 @@ class _Trials(Callback):
 
     def __iter__(self) -> Iterator[Any]:
         yield from self._warm_up()
-        self.search = Search(_gather(self._room()), self._max_size)
+        self.search = Search(gather(self._room()), self._max_size)
         while (size := self.search.next_size()) is not None:
             assert self._memory is not None
             self._size = size
             held = self._memory.begin()
             yield from self._step()
-            self.search.add(size, _gather(Usage(held, *self._memory.peaks())))
+            self.search.add(size, gather(Usage(held, *self._memory.peaks())))
             peak, limit, rank = self.search.tightest(size)
             rank_zero_info(f"batch_size {size}: {_gib(peak)} of {_gib(limit)} GiB on rank {rank}")
         self.trainer.should_stop = True
@@ -293,7 +294,7 @@ class _Trials(Callback):
     def _room(self) -> Room:
         assert self._memory is not None
         self._memory.begin()
-        _gather(None)  # so that no process frees or takes anything while the others look
+        gather(None)  # so that no process frees or takes anything while the others look
         available = self._memory.room(self.trainer.num_devices)
         limit = available - self._memory.margin(available) if self._limit is None else self._limit
         return Room(limit, available)
@@ -363,15 +364,6 @@ def _strip(trainer: Trainer, trials: _Trials) -> None:
     trainer.fit_loop.epoch_loop.max_steps = _NEVER_REACHED
     # from the second batch on, gradients are there in the backward pass: more batches need no more memory
     trainer.accumulate_grad_batches = min(2, trainer.accumulate_grad_batches)
-
-
-def _gather(value: _T) -> list[_T]:
-    """Return what each process has, by rank."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

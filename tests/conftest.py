@@ -19,6 +19,18 @@ TINY_LLAMA = {
 }
 
 
+# what a Trainer in a test leaves out, on a CPU for a few steps
+QUIET = {
+    "accelerator": "cpu",
+    "max_steps": 4,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """A file with about 30 kB of the language reference."""
@@ -57,18 +69,7 @@ def trainer(tmp_path):
     from lightning.pytorch import Trainer
 
     def build(**changes):
-        values = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_steps": 4,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "limit_val_batches": 2,
-            "default_root_dir": tmp_path,
-        }
+        values = {**QUIET, "devices": 1, "limit_val_batches": 2, "default_root_dir": tmp_path}
         return Trainer(**{**values, **changes})
 
     return build

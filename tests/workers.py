@@ -22,6 +22,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
 
+from tests.conftest import QUIET
+
 _PATIENCE = 3  # seconds that a failed worker's siblings, who wait for it in a collective, are given to end
 
 
@@ -172,16 +174,10 @@ def fit_on(
         module = build_module()
         losses = _Losses()
         values = {
-            "accelerator": "cpu",
+            **QUIET,
             "devices": processes // num_nodes,
             "num_nodes": num_nodes,
             "strategy": strategy if isinstance(strategy, str) else strategy(),
-            "max_steps": 4,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
             "limit_val_batches": 0,
             **settings,
         }

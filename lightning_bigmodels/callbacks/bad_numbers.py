@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_bigmodels.callbacks.report import show
 from lightning_bigmodels.errors import InputError, RunError
+from lightning_bigmodels.strategies.collectives import gather
 from lightning_bigmodels.tasks.exact_resume import get_random_state, set_random_state
 
 _ROWS_SHOWN = 8
@@ -182,7 +183,7 @@ class BadNumbers(Callback):
             if deviation > 0 and loss - mean > self.spike_deviations * deviation:
                 own = [(batch_loss.item(), batch) for batch in self._batches for batch_loss in batch.losses]
                 highest, batch = max(own, key=lambda pair: pair[0])
-                _, place = max(_gather(trainer, (highest, _place(trainer, batch))))
+                _, place = max(gather((highest, _place(trainer, batch))))
                 above = (loss - mean) / deviation
                 show(
                     trainer,
@@ -227,14 +228,6 @@ def _sum_over_processes(trainer: Trainer, values: Tensor) -> Tensor:
     return values
 
 
-def _gather(trainer: Trainer, mine: Any) -> list[Any]:
-    """Return what each process has to say."""
-    everybodys = [mine] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(everybodys, mine)
-    return everybodys
-
-
 def _log(trainer: Trainer, name: str, value: float) -> None:
     # at once: `self.log` drops what falls between two of the steps that are logged
     for logger in trainer.loggers:
@@ -272,7 +265,7 @@ def _describe_loss(trainer: Trainer, pl_module: LightningModule, batches: list[_
     origin, _ = _repeat(trainer, pl_module, batch)
     origin = origin or "every module's output is finite, so look at the loss function"
     finding = f"the loss is {value} in {_place(trainer, batch)}: {origin}"
-    return next(text for guilty, text in _gather(trainer, (bool(bad), finding)) if guilty)
+    return next(text for guilty, text in gather((bool(bad), finding)) if guilty)
 
 
 def _describe_gradient(trainer: Trainer, pl_module: LightningModule, batches: list[_Batch]) -> str:
@@ -283,7 +276,7 @@ def _describe_gradient(trainer: Trainer, pl_module: LightningModule, batches: li
     origin, guilty = _repeat(trainer, pl_module, batches[-1], backward=True)
     order, name = _first_bad_gradient(pl_module)
     origin = origin or f"it arose in the backward pass, first in the gradient of {name}"
-    findings = _gather(trainer, (guilty, order, _place(trainer, batches[-1]), origin))
+    findings = gather((guilty, order, _place(trainer, batches[-1]), origin))
     for guilty, _, place, origin in findings:
         if guilty:
             return f"a gradient is not finite in {place}: {origin}"

@@ -9,7 +9,6 @@ writes an index without that worker's tokens and reports success; it cannot go o
 Ctrl-C ends it with exit code 0.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -26,7 +25,7 @@ from lightning_bigmodels.data import token_cache
 from lightning_bigmodels.data.shards import EVALUATION, FORMAT, HEADER_BYTES, MARKER, PLAN, SHARDS, fetch_file
 from lightning_bigmodels.data.sources import PYTHON_DOCS, Corpus, TextParts, cut, expand, num_utf8_bytes
 from lightning_bigmodels.data.stores import Store, StoredFile, open_store
-from lightning_bigmodels.data.token_cache import Report, TokenCache
+from lightning_bigmodels.data.token_cache import Report, TokenCache, digest
 from lightning_bigmodels.data.tokenizer import EncodedBatch, Encoder, tokenizer_rules, train_tokenizer
 from lightning_bigmodels.data.worker_pool import WorkerPool, advance
 from lightning_bigmodels.errors import InputError, require
@@ -68,10 +67,10 @@ def prepare_shards(
     """
     require("litdata", extra="streaming")
     store = open_store(output, PATIENCE_SECONDS)
-    chosen = vocab_size if tokenizer is None else _digest(tokenizer_rules(tokenizer))
+    chosen = vocab_size if tokenizer is None else digest(tokenizer_rules(tokenizer))
     fingerprint = {"format": FORMAT, "text": text.fingerprint(), "tokenizer": chosen, "shard_bytes": shard_bytes}
     sizes = _open_plan(store, fingerprint)
-    staging = cache_dir / f"preparing-{_digest([str(store), fingerprint])[:24]}"
+    staging = cache_dir / f"preparing-{digest([str(store), fingerprint])[:24]}"
     try:
         staging.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -361,7 +360,3 @@ def _finish(
         + "".join(f", {part} {tokens:,} tokens" for part, tokens in evaluation.num_tokens.items())
         + f"; number of shards: {len(shards):,}"
     )
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lightning_bigmodels.data.sources import TextParts
 from lightning_bigmodels.data.tokenizer import Encoder, tokenizer_rules, tokenizer_to_files, train_tokenizer
 from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.files import sync_folder
 
 FORMAT = 1  # of the files; a cache of another format has another key
 REPORT_SECONDS = 10.0
@@ -96,9 +97,9 @@ def prepare(
         vocab_size: Most tokens of the trained tokenizer.
         report: Called with a sentence where the user has to wait.
     """
-    chosen = vocab_size if tokenizer is None else _digest(tokenizer_rules(tokenizer))
+    chosen = vocab_size if tokenizer is None else digest(tokenizer_rules(tokenizer))
     fingerprint = {"format": FORMAT, "text": text.fingerprint(), "tokenizer": chosen}
-    folder = cache_dir / _digest(fingerprint)[:24]
+    folder = cache_dir / digest(fingerprint)[:24]
     cache = _open(folder)
     if cache is not None:
         return cache
@@ -119,7 +120,8 @@ def prepare(
         lock.release()
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Return a name for plain values that changes when they do."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -157,9 +159,9 @@ def _write(
             raise InputError(f"the {part} part has no tokens (sources: {text.train}); give it more text")
     meta = {"dtype": dtype, "parts": parts, "fingerprint": fingerprint}
     _save(partial / "meta.json", json.dumps(meta, indent=1).encode())
-    _sync_folder(partial)
+    sync_folder(partial)
     partial.rename(folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     report(f"tokenized {text.train}: " + ", ".join(f"{part} {c['tokens']:,} tokens" for part, c in parts.items()))
     return TokenCache(folder)
 
@@ -195,11 +197,3 @@ def _save(path: Path, content: bytes) -> None:
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

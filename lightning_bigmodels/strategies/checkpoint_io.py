@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from typing_extensions import override
 
 from lightning_bigmodels.errors import InputError, RunError
+from lightning_bigmodels.files import sync_folder
 
 # Lightning's names: epochs, loops, callbacks and the like; torch's: what lies in which shard
 META_FILE = "meta.pt"
@@ -208,15 +209,6 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """Let the names in a folder outlive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from typing_extensions import override
 
 from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.strategies.collectives import gather
 from lightning_bigmodels.strategies.precision import WorldGradScaler
 from lightning_bigmodels.strategies.sharded_checkpoint import ShardedCheckpoints
 from lightning_bigmodels.strategies.tensor_parallel import parallelize
@@ -77,8 +78,7 @@ class FSDP2Strategy(ShardedCheckpoints):
 
     def _seed_alike(self) -> None:
         """Let processes that split a layer draw the same random numbers, which they do by themselves when seeded."""
-        seeds: list[int] = [0] * self.world_size
-        torch.distributed.all_gather_object(seeds, torch.initial_seed())
+        seeds = gather(torch.initial_seed())
         first = int(self.device_mesh["tensor_parallel"].mesh.flatten()[0])
         if seeds[first] != torch.initial_seed():
             torch.manual_seed(seeds[first])

@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_bigmodels.errors import InputError, RunError
+from lightning_bigmodels.files import sync_folder
 from lightning_bigmodels.strategies.checkpoint_io import (
     META_FILE,
     BackgroundSave,
@@ -50,7 +51,6 @@ from lightning_bigmodels.strategies.checkpoint_io import (
     put_in_place,
     read_index,
     remove_leftovers,
-    sync_folder,
 )
 
 

@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_bigmodels.data import DataModule
 from lightning_bigmodels.data.uneven import EvenBatches
 from lightning_bigmodels.optim import Schedule
+from lightning_bigmodels.strategies.collectives import gather
 
 RandomState = dict[str, Any]
 
@@ -86,12 +87,8 @@ class ExactResume(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # a checkpoint written in validation must hold the stream at which training goes on
         mine = self._before_validation or get_random_state()
-        states = [mine]
-        if self.trainer.world_size > 1:
-            # every process gets here, but only the first one's dictionary is written
-            states = [{} for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(states, mine)
-        checkpoint[_RANDOM_STATES] = states
+        # every process gets here, but only the first one's dictionary is written
+        checkpoint[_RANDOM_STATES] = gather(mine)
         if self.trainer.state.fn == "fit" and self.trainer.fit_loop._should_accumulate():
             checkpoint[_GRADIENTS] = self._accumulated_gradients()
 

@@ -132,7 +132,7 @@ def test_a_damaged_cache_is_written_again(tmp_path, source):
 
 def test_a_killed_preparation_leaves_nothing_that_is_taken_for_whole(tmp_path, source):
     # At the first file, and when all are written but the folder has not its name yet.
-    for place in ("_sync", "_sync_folder"):
+    for place in ("_sync", "sync_folder"):
         inside = f"token_cache.{place} = lambda what: os.kill(os.getpid(), signal.SIGKILL)"
         assert run_processes(tmp_path / "cache", source, 1, inside) == [f"[{int(signal.SIGKILL)}]"]
         assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [".partial"]
