@@ -5,6 +5,7 @@ import os
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,21 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger
 from typing_extensions import override
 
-from lightning_bigmodels import callbacks, data, modules, optim, runs, strategies
+from lightning_bigmodels import data, modules, runs
 from lightning_bigmodels.callbacks import BadNumbers, PredictionWriter, Preemption, ProcessWatch, RunSummary
 from lightning_bigmodels.callbacks.bad_numbers import BadNumbersError
 from lightning_bigmodels.callbacks.preemption import PreemptedError, own_exit_code
 from lightning_bigmodels.cli_errors import explain
 from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.lazy import import_named
 from lightning_bigmodels.recipe_files import display_name, find_config
 from lightning_bigmodels.strategies.checkpoint_io import META_FILE, WholeCheckpointIO
 from lightning_bigmodels.strategies.precision import with_true_precision
 from lightning_bigmodels.trainer import Trainer
 
-# a class is known by its short name (`--model CausalLanguageModel`) once it is imported, and packages import lazily
-_PACKAGES = (modules, data, callbacks, strategies)
-_KNOWN = [getattr(package, name) for package in _PACKAGES for name in package.__all__] + [optim]
+# a class is known by its short name (`--model CausalLanguageModel`) once it is imported, which costs seconds: of these
+# packages what is named is imported
+_PACKAGES = (modules, data)
 _NOISE = ("💡 Tip", "GPU available: False", "TPU available: False", "HPU available: False")
 # on in every fit, unless the user's configuration has its own
 _GUARDS: tuple[type[Callback], ...] = (BadNumbers, Preemption, ProcessWatch)
@@ -61,6 +63,7 @@ class ConfigAction(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         path = find_config(values)
         _check_yaml(path)
+        _import_named_in(path)
         super().__call__(parser, cfg, path, option_string)
 
 
@@ -133,11 +136,14 @@ class CLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
+        for package in _PACKAGES:
+            import_named(package, " ".join(args))
         try:
             if any(_is_option(arg, "ckpt_path") for arg in args) and not any(_names_model(arg) for arg in args):
                 self._take_model_from_checkpoint(args)
             self.config = parser.parse_args(args)
         except ArgumentError as error:
+            _import_all()  # the near match may be any of them
             raise InputError(explain(error, self._subcommand_parsers[args[0]])) from error
 
     def _take_model_from_checkpoint(self, args: list[str]) -> None:
@@ -290,9 +296,25 @@ def _prepare_environment() -> bool:
     """Return whether an argument is given as an environment variable; recipe names among them become files."""
     ours = [name for name in os.environ if name.startswith("PL_") and "__" in name]
     for name in ours:
+        for package in _PACKAGES:
+            import_named(package, os.environ[name])
         if name.endswith("__CONFIG"):
             os.environ[name] = find_config(os.environ[name])
+            _import_named_in(os.environ[name])
     return bool(ours)
+
+
+def _import_named_in(path: str) -> None:
+    if "://" not in path:
+        for package in _PACKAGES:
+            import_named(package, Path(path).read_text(encoding="utf-8"))
+
+
+def _import_all() -> None:
+    for package in _PACKAGES:
+        for name in package.__all__:
+            with suppress(InputError):  # its extra is not installed
+                getattr(package, name)
 
 
 def _check_yaml(path: str) -> None:

@@ -10,7 +10,6 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from typing_extensions import override
 
 from lightning_bigmodels.batch_size import find_batch_size
-from lightning_bigmodels.data import Text
 from lightning_bigmodels.errors import InputError, RunError
 from lightning_bigmodels.export import export
 from lightning_bigmodels.strategies.checkpoint_io import read_sharded
@@ -116,7 +115,7 @@ class Trainer(pl.Trainer):
         Raises:
             InputError: there is nothing to prepare, or the output holds something else.
         """
-        if not isinstance(datamodule, Text):
+        if datamodule is None or not hasattr(datamodule, "write_shards"):
             name = "no data is" if datamodule is None else f"{type(datamodule).__name__} is"
             raise InputError(f"{name} given, and prepare knows Text; name a recipe with --config, or --data Text")
         cores = len(os.sched_getaffinity(0))

@@ -3,7 +3,53 @@
 import math
 from collections import Counter
 
-STEPS = 100
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from lightning_bigmodels import Text
+from tests import contract
+
+
+class Contract(contract.Contract):
+    metric = "val_bits_per_byte"
+
+    def tiny(self, recipe, folder):
+        return tiny_text(recipe["model"]["init_args"]["architecture"], folder)
+
+    def baseline(self, data_args):
+        return no_context(Text(**data_args))
+
+    def better(self, found, baseline):
+        return min(found) < 0.97 * baseline
+
+    def predictions(self, folder, scratch):
+        texts = ["The class", "If", "A name"]
+        prompts = scratch / "prompts.txt"
+        prompts.write_text("\n".join(texts), encoding="utf-8")
+
+        def three(rows, folder):
+            assert len(rows) == 3
+
+        def ours(rows, folder):
+            assert [row["prompt"] for row in rows] == texts
+
+        return [([], three), (["--data.prompts", str(prompts)], ours)]
+
+    def answers(self, model):
+        return model.generate(["The class"]) != [""]
+
+    def check_export(self, folder, checkpoint):
+        expected = torch.load(checkpoint, weights_only=True)["state_dict"]
+        for key, value in AutoModelForCausalLM.from_pretrained(folder).state_dict().items():
+            assert torch.equal(value, expected[f"network.{key}"]), key
+
+    def broken(self, folder):
+        return broken_text(folder)
+
+    def without_randomness(self, recipe):
+        names = CONFIG_MAPPING[recipe["model"]["init_args"]["architecture"]].__dataclass_fields__
+        dropouts = [name for name in names if name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")]
+        return [f"--model.config.{name}=0" for name in dropouts]
 
 
 def tiny_text(architecture, folder):
@@ -14,7 +60,12 @@ def tiny_text(architecture, folder):
     if architecture != "gpt2":
         config |= {"intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 2}
     return {
-        "trainer": {"val_check_interval": 50, "check_val_every_n_epoch": None, "max_steps": STEPS, "max_epochs": -1},
+        "trainer": {
+            "val_check_interval": 50,
+            "check_val_every_n_epoch": None,
+            "max_steps": Contract.steps,
+            "max_epochs": -1,
+        },
         "model": {
             "init_args": {
                 "config": config,

@@ -4,7 +4,8 @@
 the loss and the metrics of one · 6 sharded over two it trains, and its checkpoint loads on one · 7 loads under
 weights_only in a process that saw no YAML · 8 its export equals it · 9 broken input ends in one clear error.
 
-A recipe of another data type brings its entry in `TINY`, `BASELINES` and `BROKEN`; everything else holds it unasked.
+Another recipe needs its line in `PARAMETERS`; another data type brings a file `recipe_<type>.py` with a class
+`Contract` (see `tests/contract.py`). Everything else holds it unasked.
 """
 
 import csv
@@ -19,12 +20,11 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
-from transformers import CONFIG_MAPPING
 
-from lightning_bigmodels import Text, modules
+from lightning_bigmodels import modules
 from lightning_bigmodels.__main__ import main
 from lightning_bigmodels.recipe_files import list_recipes
-from tests.recipe_text import STEPS, broken_text, no_context, tiny_text
+from tests.contract import contract_of
 from tests.workers import run_on
 
 # the full-size network of each recipe; a recipe that discovery misses, or one without its entry here, is an error
@@ -36,11 +36,6 @@ PARAMETERS = {
 RECIPES = {recipe.name: recipe for recipe in list_recipes()}
 every_recipe = pytest.mark.parametrize("name", sorted(PARAMETERS))
 
-
-# by data type: how to make a recipe tiny; which validation metric must fall below which baseline; what can be broken
-TINY = {"text": tiny_text}
-BASELINES = {"text": ("val_bits_per_byte", lambda args: no_context(Text(**args)))}
-BROKEN = {"text": broken_text}
 
 ONE_PROCESS = {
     "accelerator": "cpu",
@@ -75,9 +70,9 @@ class Run:
     def __init__(self, name, folder, text_file):
         self.name, self.folder = name, folder
         self.recipe = yaml.safe_load(RECIPES[name].path.read_text(encoding="utf-8"))
-        self.type = name.partition("/")[0]
+        self.contract = contract_of(name)
         (folder / "text.txt").write_bytes(text_file.read_bytes())
-        self.overrides = TINY[self.type](self.recipe["model"]["init_args"].get("architecture"), folder)
+        self.overrides = self.contract.tiny(self.recipe, folder)
         self.overrides["trainer"] = {**ONE_PROCESS, **self.overrides["trainer"]}
         self.tiny = folder / "tiny.yaml"
         self.tiny.write_text(yaml.safe_dump(self.overrides), encoding="utf-8")
@@ -173,16 +168,15 @@ def test_the_whole_recipe_is_understood(name, capsys):
 @every_recipe
 def test_2_it_learns(name, runs):
     run = runs(name)
-    metric, baseline = BASELINES[run.type]
-    found, bound = min(metrics(run.fitted())[metric]), baseline(run.overrides["data"]["init_args"])
-    assert found < 0.97 * bound, (found, bound)
+    found, bound = metrics(run.fitted())[run.contract.metric], run.contract.baseline(run.overrides["data"]["init_args"])
+    assert run.contract.better(found, bound), (found, bound)
 
 
 @every_recipe
 def test_3_validate_and_test_report_numbers(name, runs):
     run = runs(name)
     fitted = metrics(run.fitted())
-    metric, _ = BASELINES[run.type]
+    metric = run.contract.metric
     assert run.command("validate", "--ckpt_path", "last") == 0
     validated = metrics(run.folder / "run" / "validate" / "version_0")
     assert validated[metric][0] == pytest.approx(fitted[metric][-1], rel=1e-6)
@@ -195,34 +189,28 @@ def test_3_validate_and_test_report_numbers(name, runs):
 def test_3_predictions_land_in_a_file_in_order_and_complete(name, runs, tmp_path):
     run = runs(name)
     run.fitted()
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("The class\nIf\nA name\n", encoding="utf-8")
-    for version, more in enumerate(([], ["--data.prompts", str(prompts)])):
+    for version, (more, check) in enumerate(run.contract.predictions(run.folder, tmp_path)):
         assert run.command("predict", "--ckpt_path", "best", *more) == 0
-        path = run.folder / "run" / "predict" / f"version_{version}" / "predictions.jsonl"
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        assert [row["index"] for row in rows] == [0, 1, 2]
-    assert [row["prompt"] for row in rows] == ["The class", "If", "A name"]
+        folder = run.folder / "run" / "predict" / f"version_{version}"
+        rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert [row["index"] for row in rows] == list(range(len(rows)))
+        check(rows, folder)
 
 
 @every_recipe
 def test_4_broken_off_and_resumed_it_ends_with_the_same_weights(name, runs):
     run = runs(name)
     whole = torch.load(run.fitted() / "checkpoints" / "last.ckpt", weights_only=True)
-    # 50 batches between checkpoints: the break falls between two
+    # the tiny version writes two checkpoints: the break falls between them
+    broken_at = f"--trainer.callbacks.after_batch={run.contract.steps * 73 // 100}"
     with pytest.raises(BreakError):
-        run.command(
-            "fit", "--trainer.callbacks+=tests.test_recipes.Break", "--trainer.callbacks.after_batch=73", root="cut"
-        )
+        run.command("fit", "--trainer.callbacks+=tests.test_recipes.Break", broken_at, root="cut")
     assert run.command("fit", "--ckpt_path", "last", root="cut") == 0
     resumed = torch.load(run.folder / "cut" / "fit" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert resumed["global_step"] == whole["global_step"] == STEPS
+    assert resumed["global_step"] == whole["global_step"] == run.contract.steps
     assert resumed["state_dict"].keys() == whole["state_dict"].keys()
     for key, value in whole["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][key]), key
-
-
-SHORT = 12
 
 
 class Losses(Callback):
@@ -248,15 +236,15 @@ def short_fit(run, strategy, processes):
     more = {
         "trainer.strategy": strategy,
         "trainer.devices": processes,
-        "trainer.max_steps": SHORT,
-        "trainer.val_check_interval": SHORT,
+        "trainer.max_steps": run.contract.short_steps,
+        "trainer.val_check_interval": run.contract.short_steps,
         "trainer.precision": "32-true",
         "data.batch_size": rows,
-        "data.eval_batch_size": 7,
+        "data.eval_batch_size": run.contract.uneven_batch_size,
     }
     flags = [f"--{key}={value}" for key, value in more.items()]
-    # a random mask differs from process to process
-    flags += [f"--model.config.{key}=0" for key in dropouts(run)]
+    # what is drawn at random differs from process to process
+    flags += run.contract.without_randomness(run.recipe)
     flags += ["--trainer.callbacks+=tests.test_recipes.Losses", f"--trainer.callbacks.folder={losses}"]
     if processes == 1:
         assert run.command("fit", *flags, root=root) == 0
@@ -266,11 +254,6 @@ def short_fit(run, strategy, processes):
     return [sum(row) / processes for row in zip(*columns, strict=True)], metrics(run.folder / root / "fit/version_0")
 
 
-def dropouts(run):
-    names = CONFIG_MAPPING[run.recipe["model"]["init_args"]["architecture"]].__dataclass_fields__
-    return [name for name in names if name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")]
-
-
 @pytest.fixture(scope="module")
 def alone(runs):
     """Return a function from a recipe's name to the losses and metrics of a short fit on one process."""
@@ -278,7 +261,7 @@ def alone(runs):
 
 
 def assert_same(found, expected, metric):
-    assert len(found[0]) == len(expected[0]) >= SHORT
+    assert len(found[0]) == len(expected[0]) >= 4
     assert found[0] == pytest.approx(expected[0], rel=2e-5)
     assert found[1][metric] == pytest.approx(expected[1][metric], rel=2e-5)
 
@@ -286,7 +269,7 @@ def assert_same(found, expected, metric):
 @every_recipe
 def test_5_on_two_processes_it_gives_the_losses_and_metrics_of_one(name, runs, alone):
     run = runs(name)
-    metric, _ = BASELINES[run.type]
+    metric = run.contract.metric
     assert_same(short_fit(run, "ddp", 2), alone(name), metric)
     # of the same weights, on a number of processes that does not divide the data: every number
     for processes in (1, 2, 3):
@@ -302,11 +285,11 @@ def test_5_on_two_processes_it_gives_the_losses_and_metrics_of_one(name, runs, a
 @every_recipe
 def test_6_sharded_over_two_processes_it_trains_and_loads_on_one(name, runs, alone):
     run = runs(name)
-    metric, _ = BASELINES[run.type]
+    metric = run.contract.metric
     sharded = short_fit(run, "fsdp2", 2)
     assert_same(sharded, alone(name), metric)
     assert (run.folder / "short_fsdp2" / "fit/version_0/checkpoints/last.ckpt").is_dir()
-    flags = [f"--model.config.{key}=0" for key in dropouts(run)]
+    flags = run.contract.without_randomness(run.recipe)
     assert (
         run.command("validate", "--ckpt_path", "last", "--trainer.precision=32-true", *flags, root="short_fsdp2") == 0
     )
@@ -315,36 +298,34 @@ def test_6_sharded_over_two_processes_it_trains_and_loads_on_one(name, runs, alo
 
 
 def test_7_every_checkpoint_loads_in_a_process_that_saw_no_yaml(runs):
-    paths = [str(runs(name).fitted() / "checkpoints" / "best.ckpt") for name in PARAMETERS]
+    paths = [f"{name}={runs(name).fitted() / 'checkpoints' / 'best.ckpt'}" for name in PARAMETERS]
     script = """
 import importlib, sys, torch
-for path in sys.argv[1:]:
+from tests.contract import contract_of
+for argument in sys.argv[1:]:
+    name, _, path = argument.partition("=")
     content = torch.load(path, weights_only=True)
-    module, _, name = content["hyper_parameters"]["_class_path"].rpartition(".")
-    model = getattr(importlib.import_module(module), name).load_from_checkpoint(path, weights_only=True)
+    module, _, cls = content["hyper_parameters"]["_class_path"].rpartition(".")
+    model = getattr(importlib.import_module(module), cls).load_from_checkpoint(path, weights_only=True)
     same = all(torch.equal(value, content["state_dict"][key]) for key, value in model.state_dict().items())
-    print(same and model.generate(["The class"]) != [""])
+    print(name, same and contract_of(name).answers(model))
 """
     done = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["True"] * len(paths), done.stderr
+    assert done.stdout.splitlines() == [f"{name} True" for name in PARAMETERS], done.stderr
 
 
 @every_recipe
 def test_8_its_export_loads_elsewhere_and_equals_it(name, runs, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     run = runs(name)
-    best = torch.load(run.fitted() / "checkpoints" / "best.ckpt", weights_only=True)
+    best = run.fitted() / "checkpoints" / "best.ckpt"
     assert run.command("export", "--ckpt_path", "best", "--output", str(tmp_path / "out")) == 0
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    for key, value in exported.items():
-        assert torch.equal(value, best["state_dict"][f"network.{key}"]), key
+    run.contract.check_export(tmp_path / "out", best)
 
 
 @every_recipe
 def test_9_broken_input_ends_in_one_clear_error(name, runs, tmp_path, capsys):
     run = runs(name)
-    for number, (arguments, words) in enumerate(BROKEN[run.type](tmp_path)):
+    for number, (arguments, words) in enumerate(run.contract.broken(tmp_path)):
         assert run.command("fit", *arguments, root=f"broken_{number}") == 2
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("bigmodels: error:")]
         for word in words:

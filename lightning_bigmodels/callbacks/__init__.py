@@ -7,5 +7,15 @@ from lightning_bigmodels.callbacks.process_watch import ProcessWatch
 from lightning_bigmodels.callbacks.run_summary import RunSummary
 from lightning_bigmodels.callbacks.samples import Samples
 from lightning_bigmodels.callbacks.throughput import Throughput
+from lightning_bigmodels.callbacks.validation_pictures import ValidationPictures
 
-__all__ = ["BadNumbers", "PredictionWriter", "Preemption", "ProcessWatch", "RunSummary", "Samples", "Throughput"]
+__all__ = [
+    "BadNumbers",
+    "PredictionWriter",
+    "Preemption",
+    "ProcessWatch",
+    "RunSummary",
+    "Samples",
+    "Throughput",
+    "ValidationPictures",
+]

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_bigmodels.callbacks.report import run_folder
-from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.errors import InputError, require
+from lightning_bigmodels.tasks import Task
 
 FILE_NAME = "predictions.jsonl"
 
@@ -21,6 +23,9 @@ class PredictionWriter(BasePredictionWriter):
 
     `predict_step` returns a list of dictionaries of plain values, one for each example. Several processes write a part
     each, which the first one merges by the rows' `index` at the end; the run's folder is one that they all see.
+
+    A `Task` may add pictures (`draw_predictions`), which become PNG files in `predictions/`, and files that are made
+    of all rows (`collect_predictions`).
     """
 
     def __init__(self) -> None:
@@ -69,11 +74,23 @@ class PredictionWriter(BasePredictionWriter):
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
         self._num_rows += len(prediction)
+        if isinstance(pl_module, Task):
+            for picture_name, picture in pl_module.draw_predictions(batch, prediction):
+                _write_picture(self._path.parent / "predictions" / f"{picture_name}.png", picture)
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.world_size == 1:
+        if trainer.world_size > 1:
+            self._merge_parts(trainer)
+        path = self._path.parent / FILE_NAME
+        if not isinstance(pl_module, Task) or not trainer.is_global_zero or not path.is_file():
             return
+        with path.open(encoding="utf-8") as file:
+            contents = pl_module.collect_predictions(json.loads(line) for line in file)
+        for content_name, content in contents.items():
+            (path.parent / content_name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+    def _merge_parts(self, trainer: Trainer) -> None:
         mine = torch.tensor(self._num_rows, device=trainer.strategy.root_device)
         num_rows = int(trainer.strategy.reduce(mine, reduce_op="sum"))
         folder = self._path.parent
@@ -85,6 +102,11 @@ class PredictionWriter(BasePredictionWriter):
                 f"nodes wrote to a folder of the same name on their own disks, where they remain; set "
                 f"trainer.default_root_dir to a folder that all nodes see"
             )
+
+
+def _write_picture(path: Path, picture: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    require("torchvision.io", extra="vision").write_png(picture.cpu(), str(path))
 
 
 def _merge(folder: Path, num_rows: int) -> int:

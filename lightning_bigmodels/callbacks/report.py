@@ -5,6 +5,9 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
+
+from lightning_bigmodels.errors import require
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -28,6 +31,34 @@ def report_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Sequ
             lines = [columns, ["---"] * len(columns), *rows]
             text = "\n".join("| " + " | ".join(cell.replace("\n", "<br>") for cell in line) + " |" for line in lines)
             logger.experiment.add_text(name, text, trainer.global_step)
+
+
+def report_picture(trainer: Trainer, name: str, picture: Tensor) -> Path:
+    """Write a picture to `<name>/step_NNNNNNNN.png` in the run's folder, and send it to each logger that can show one.
+
+    All processes call it, and the first one writes.
+
+    Args:
+        trainer: The run; its step becomes the picture's.
+        name: What the loggers call it; no slash.
+        picture: (3, H, W) uint8.
+
+    Returns:
+        The file.
+    """
+    folder = run_folder(trainer) / name
+    path = folder / f"step_{trainer.global_step:08d}.png"
+    if not trainer.is_global_zero:
+        return path
+    picture = picture.cpu()
+    folder.mkdir(parents=True, exist_ok=True)
+    require("torchvision.io", extra="vision").write_png(picture, str(path))
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key=name, images=[picture.permute(1, 2, 0).numpy()])
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, picture, trainer.global_step)
+    return path
 
 
 def show(trainer: Trainer, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Tokens per second and model FLOPs utilisation, in the loggers and in the progress bar."""
+"""Tokens or pictures per second and model FLOPs utilisation, in the loggers and in the progress bar."""
 
 import time
 from typing import Any
@@ -15,7 +15,7 @@ _MATRIX = 1024
 
 
 class Throughput(ThroughputMonitor):
-    """Lightning's ThroughputMonitor for batches of tokens, needing no functions from the user.
+    """Lightning's ThroughputMonitor for batches of tokens or of pictures, needing no functions from the user.
 
     It measures training alone, without the time that validation, samples and checkpoints take. On a CPU, whose peak no
     table knows, utilisation is relative to a matrix product measured at the start.
@@ -26,8 +26,8 @@ class Throughput(ThroughputMonitor):
 
     def __init__(self, window_size: int = 10) -> None:
         super().__init__(
-            batch_size_fn=lambda batch: len(batch["input_ids"]),
-            length_fn=lambda batch: batch["input_ids"].numel(),
+            batch_size_fn=lambda batch: len(_examples(batch)),
+            length_fn=lambda batch: batch["input_ids"].numel() if "input_ids" in batch else len(_examples(batch)),
             window_size=window_size,
         )
         self._paused_at: float | None = None
@@ -68,9 +68,13 @@ class Throughput(ThroughputMonitor):
             return
         rate = self._throughputs[RunningStage.TRAINING].compute().get("device/items_per_sec")
         if rate is not None:
-            pl_module.log(
-                "tokens_per_s", round(rate * trainer.world_size, -2), prog_bar=True, logger=False, rank_zero_only=True
-            )
+            name, digits = ("tokens_per_s", -2) if "input_ids" in batch else ("images_per_s", 0)
+            total = round(rate * trainer.world_size, digits)
+            pl_module.log(name, total, prog_bar=True, logger=False, rank_zero_only=True)
+
+
+def _examples(batch: Any) -> Any:
+    return batch["input_ids"] if "input_ids" in batch else batch["images"]
 
 
 def measure_matmul_flops(dtype: torch.dtype) -> int:

@@ -1,7 +1,8 @@
 """LightningDataModules, one data type per file; `batches` declares what they yield."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_bigmodels.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lightning_bigmodels.data.datamodule import DataModule
@@ -10,11 +11,5 @@ if TYPE_CHECKING:
 
 __all__ = ["DataModule", "EvenBatches", "Text"]
 
-_HOMES = {"DataModule": "datamodule", "EvenBatches": "uneven", "Text": "text"}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use: sources and token caches are usable without waiting for Lightning."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# sources and token caches are usable without waiting for Lightning, text without torchvision, images without tokenizers
+__getattr__ = lazy_names(__name__, {"DataModule": "datamodule", "EvenBatches": "uneven", "Text": "text"})

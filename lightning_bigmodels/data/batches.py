@@ -1,14 +1,21 @@
 """Every batch of the package, declared once.
 
-Legend: B rows of a batch, T tokens of a row.
+Legend: B rows of a batch, T tokens of a row; C channels, H rows and W columns of a picture, K classes, N boxes.
+
+Pictures are uint8, as they were decoded: the networks scale and normalize them. An evaluation batch may hold examples
+that count for nothing, where a process has none left and others have: their index is `FILLER`, their labels `IGNORED`.
 """
 
 from typing import TypedDict
 
 from torch import Tensor
+from typing_extensions import NotRequired
 
 IGNORED = -100
 """The label that no loss and no metric counts (`torch.nn.functional.cross_entropy`'s `ignore_index`)."""
+
+FILLER = -1
+"""The index of an example that counts for nothing: it fills a batch, or stands for a file that could not be read."""
 
 
 class TokenBatch(TypedDict):
@@ -45,3 +52,98 @@ class PromptBatch(TypedDict):
 
     prompts: list[str]
     indices: Tensor
+
+
+class ImageBatch(TypedDict):
+    """Pictures with their classes.
+
+    Attributes:
+        images: (B, C, H, W) uint8; float32 in [0, 1] where pictures were mixed.
+        labels: (B,) int64 class, or `IGNORED`; (B, K) float32 where an example has several classes or a mixture of
+            them, with rows of `IGNORED` for what does not count.
+        indices: (B,) int64 place in its part, or `FILLER`.
+        groups: (B,) int64 group of each example, by which a classifier is judged for fairness, or `IGNORED`.
+        files: B names, in prediction batches.
+        errors: What was wrong with each file that was left out.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    groups: NotRequired[Tensor]
+    files: NotRequired[list[str]]
+    errors: NotRequired[list[str]]
+
+
+class Boxes(TypedDict):
+    """The objects of one picture, as torchvision's detectors take them.
+
+    Attributes:
+        boxes: (N, 4) float32, left, top, right, bottom in pixels of the picture.
+        labels: (N,) int64 class from 1; 0 is the background.
+        masks: (N, H, W) uint8, 1 where the object is.
+        iscrowd: (N,) int64, 1 for a region that COCO's metric neither demands nor punishes.
+        area: (N,) float32 in square pixels, by which COCO's metric calls an object small, medium or large.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    masks: NotRequired[Tensor]
+    iscrowd: NotRequired[Tensor]
+    area: NotRequired[Tensor]
+
+
+class DetectionBatch(TypedDict):
+    """Pictures of any sizes with the objects in them.
+
+    Attributes:
+        images: B pictures (C, H, W) uint8.
+        targets: B sets of objects; without any in prediction batches.
+        indices: (B,) int64 place in its part, or `FILLER`.
+        files: B names, in prediction batches.
+        errors: What was wrong with each file that was left out.
+    """
+
+    images: list[Tensor]
+    targets: list[Boxes]
+    indices: Tensor
+    files: NotRequired[list[str]]
+    errors: NotRequired[list[str]]
+
+
+class SegmentationBatch(TypedDict):
+    """Pictures with the class of each pixel.
+
+    Attributes:
+        images: (B, C, H, W) uint8.
+        masks: (B, H, W) int64 class, or `IGNORED`.
+        indices: (B,) int64 place in its part, or `FILLER`.
+        sizes: (B, 2) int64 height and width of the file's own picture, in prediction batches.
+        files: B names, in prediction batches.
+        errors: What was wrong with each file that was left out.
+    """
+
+    images: Tensor
+    masks: Tensor
+    indices: Tensor
+    sizes: NotRequired[Tensor]
+    files: NotRequired[list[str]]
+    errors: NotRequired[list[str]]
+
+
+class SuperResolutionBatch(TypedDict):
+    """Small pictures with the large ones they were made from; s is the factor between them.
+
+    Attributes:
+        images: (B, C, H, W) uint8.
+        targets: (B, C, s H, s W) uint8; not in prediction batches, whose pictures have no larger ones.
+        indices: (B,) int64 place in its part, or `FILLER`.
+        files: B names, in prediction batches.
+        errors: What was wrong with each file that was left out.
+    """
+
+    images: Tensor
+    targets: NotRequired[Tensor]
+    indices: Tensor
+    files: NotRequired[list[str]]
+    errors: NotRequired[list[str]]

@@ -1,6 +1,7 @@
 """Samplers and loaders whose order is a function of (seed, epoch): a killed run goes on with the very next batch."""
 
 from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, TypedDict, TypeVar
 
 import torch
@@ -62,6 +63,31 @@ class ResumableSampler(DistributedSampler[Any]):
         stop = len(order) - (len(order) - start) % self.num_replicas
         self.indices = order[start:stop][self.rank :: self.num_replicas]
         return iter(self.indices.tolist())
+
+
+class EpochSampler(ResumableSampler):
+    """A `ResumableSampler` that yields (epoch, index), for data sets whose samples change from epoch to epoch.
+
+    What such a set draws for a sample, with `sample_generator`, belongs to (seed, epoch, index) alone: neither the
+    number of processes, of workers, nor a resume moves it.
+    """
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+        epoch = self.epoch
+        return ((epoch, index) for index in super().__iter__())
+
+
+def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
+    """Return a generator whose stream belongs to this sample in this epoch of this seed alone."""
+    return torch.Generator().manual_seed(hash((seed, epoch, index)) % 2**63)
+
+
+@contextmanager
+def sample_randomness(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Let torch's global stream, from which torchvision's transforms draw, be this sample's; put it back after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.set_state(sample_generator(seed, epoch, index).get_state())
+        yield
 
 
 class EvaluationSampler(DistributedSampler[Any]):

@@ -1,5 +1,13 @@
-"""The LightningModules that users name in YAML, one architecture family per file."""
+"""The LightningModules that users name in YAML, one architecture family per file or folder."""
 
-from lightning_bigmodels.modules.transformer import CausalLanguageModel
+from typing import TYPE_CHECKING
+
+from lightning_bigmodels.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_bigmodels.modules.transformer import CausalLanguageModel
 
 __all__ = ["CausalLanguageModel"]
+
+# a family is imported when it is named: each has a library of its own behind it
+__getattr__ = lazy_names(__name__, {"CausalLanguageModel": "transformer"})

@@ -1,6 +1,6 @@
 """Learning rules that families share: loss, metrics, decoding."""
 
 from lightning_bigmodels.tasks.language_modeling import LanguageModeling
-from lightning_bigmodels.tasks.task import Task
+from lightning_bigmodels.tasks.task import Exportable, Task
 
-__all__ = ["LanguageModeling", "Task"]
+__all__ = ["Exportable", "LanguageModeling", "Task"]

@@ -4,9 +4,9 @@ import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -28,6 +28,28 @@ from lightning_bigmodels.strategies.precision import check_precision
 from lightning_bigmodels.tasks.exact_resume import ExactResume
 
 Phase = Literal["train", "val", "test"]
+LR_SCALE = "lr_scale"
+"""Key of a parameter group: factor on the optimizer's learning rate."""
+
+
+class Exportable(NamedTuple):
+    """A network as others run it, with all that comes before and after it: pixels in, probabilities out.
+
+    Attributes:
+        network: Takes `inputs` and returns a tuple of tensors.
+        inputs: An example of what it takes.
+        input_names: A name for each input.
+        output_names: A name for each tensor returned.
+        dynamic: For each input, the names of the axes whose length is free.
+        description: Plain values that a reader of the outputs needs, such as the names of classes.
+    """
+
+    network: nn.Module
+    inputs: tuple[Tensor, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    dynamic: tuple[dict[int, str], ...]
+    description: dict[str, Any]
 
 
 class Task(ExactResume, ABC):
@@ -85,6 +107,22 @@ class Task(ExactResume, ABC):
             InputError: the network cannot be split over so many.
         """
         return {}
+
+    def draw_predictions(self, batch: Any, rows: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the pictures that belong to what `predict_step` returned for a batch: a name, and (3, H, W) uint8."""
+        return iter(())
+
+    def collect_predictions(self, rows: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """Return the contents of JSON files, by their names, that are made of the rows of all batches."""
+        return {}
+
+    def exportable(self) -> Exportable | None:
+        """Return what others run without this package; None for a network whose library has a format of its own.
+
+        Raises:
+            InputError: the network cannot be exported.
+        """
+        return None
 
     @override
     def save_hyperparameters(
@@ -187,6 +225,8 @@ class Task(ExactResume, ABC):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.parameter_groups())
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get(LR_SCALE, 1.0)
         if self.schedule is None:
             return optimizer
         scheduler = self.schedule(optimizer, self.total_steps())

@@ -1,0 +1,1 @@
+"""What the data types of images share: files, sources, transforms."""
