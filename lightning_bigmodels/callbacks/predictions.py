@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_bigmodels.callbacks.report import run_folder
-from lightning_bigmodels.errors import InputError, require
+from lightning_bigmodels.callbacks.report import run_folder, write_picture
+from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.tasks import Task
 
 FILE_NAME = "predictions.jsonl"
@@ -76,7 +75,7 @@ class PredictionWriter(BasePredictionWriter):
         self._num_rows += len(prediction)
         if isinstance(pl_module, Task):
             for picture_name, picture in pl_module.draw_predictions(batch, prediction):
-                _write_picture(self._path.parent / "predictions" / f"{picture_name}.png", picture)
+                write_picture(self._path.parent / "predictions" / f"{picture_name}.png", picture)
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,11 +101,6 @@ class PredictionWriter(BasePredictionWriter):
                 f"nodes wrote to a folder of the same name on their own disks, where they remain; set "
                 f"trainer.default_root_dir to a folder that all nodes see"
             )
-
-
-def _write_picture(path: Path, picture: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    require("torchvision.io", extra="vision").write_png(picture.cpu(), str(path))
 
 
 def _merge(folder: Path, num_rows: int) -> int:

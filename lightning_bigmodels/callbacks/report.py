@@ -51,14 +51,20 @@ def report_picture(trainer: Trainer, name: str, picture: Tensor) -> Path:
     if not trainer.is_global_zero:
         return path
     picture = picture.cpu()
-    folder.mkdir(parents=True, exist_ok=True)
-    require("torchvision.io", extra="vision").write_png(picture, str(path))
+    write_picture(path, picture)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(key=name, images=[picture.permute(1, 2, 0).numpy()])
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, picture, trainer.global_step)
     return path
+
+
+def write_picture(path: Path, picture: Tensor) -> None:
+    """Write (3, H, W) uint8 as PNG, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = require("PIL.Image", extra="vision")
+    image.fromarray(picture.permute(1, 2, 0).cpu().contiguous().numpy()).save(path)
 
 
 def show(trainer: Trainer, text: str) -> None:

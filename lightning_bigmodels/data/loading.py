@@ -1,5 +1,6 @@
 """Samplers and loaders whose order is a function of (seed, epoch): a killed run goes on with the very next batch."""
 
+import hashlib
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypedDict, TypeVar
@@ -79,7 +80,8 @@ class EpochSampler(ResumableSampler):
 
 def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
     """Return a generator whose stream belongs to this sample in this epoch of this seed alone."""
-    return torch.Generator().manual_seed(hash((seed, epoch, index)) % 2**63)
+    place = hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(place, "big") >> 1)
 
 
 @contextmanager

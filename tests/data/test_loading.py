@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from lightning_bigmodels.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler, identity
+from lightning_bigmodels.data.loading import (
+    EpochSampler,
+    EvaluationSampler,
+    ResumableDataLoader,
+    ResumableSampler,
+    identity,
+    sample_randomness,
+)
 
 
 class Numbers(Dataset):
@@ -24,12 +31,12 @@ def flat(lists):
     return list(chain.from_iterable(lists))
 
 
-def loader(length=50, batch_size=4, world=1, rank=0, seed=3, num_workers=0):
+def loader(length=50, batch_size=4, world=1, rank=0, seed=3, num_workers=0, sampler=ResumableSampler):
     dataset = Numbers(length)
     return ResumableDataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=ResumableSampler(dataset, world, rank, seed),
+        sampler=sampler(dataset, world, rank, seed),
         drop_last=True,
         collate_fn=identity,
         num_workers=num_workers,
@@ -179,3 +186,30 @@ def test_evaluation_counts_each_example_once_in_equal_shares(length, world):
     assert [len(EvaluationSampler(Numbers(length), world, rank)) for rank in range(world)] == list(map(len, shares))
     assert sorted(index for index in flat(shares) if index < length) == list(range(length))
     assert {index for index in flat(shares) if index >= length} <= {length}
+
+
+def test_an_epoch_sampler_tells_the_epoch_of_each_sample_also_to_workers_and_after_a_resume():
+    plain = [epoch(loader(), number) for number in (0, 1)]
+    data = loader(sampler=EpochSampler, num_workers=1)
+    told = [epoch(data, number) for number in (0, 1)]
+    assert told == [[[(number, index) for index in batch] for batch in plain[number]] for number in (0, 1)]
+    stopped = loader(sampler=EpochSampler)
+    first = take(stopped, 1, 3)
+    resumed = loader(sampler=EpochSampler)
+    resumed.load_state_dict(stopped.state_dict())
+    assert first + list(resumed) == told[1]
+    assert resumed.place()["indices"] == plain[1][-1]
+
+
+def test_what_is_drawn_for_a_sample_belongs_to_seed_epoch_and_index_alone():
+    def draw(*place):
+        with sample_randomness(*place):
+            return torch.rand(4).tolist()
+
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    drawn = {place: draw(*place) for place in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (11, 0, 0), (1, 1, 0)]}
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(8)
+    assert all(draw(*place) == values for place, values in drawn.items())
+    assert len({tuple(values) for values in drawn.values()}) == len(drawn)
