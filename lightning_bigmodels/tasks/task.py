@@ -67,6 +67,11 @@ class Task(ExactResume, ABC):
 
     network: nn.Module | None
 
+    @property
+    def flops_per_batch(self) -> int | None:
+        """Floating-point operations of forward and backward for the last batch, for `Throughput`; None: not known."""
+        return None
+
     def __init__(
         self,
         optimizer: OptimizerCallable | None = None,

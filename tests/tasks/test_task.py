@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_bigmodels import optim
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.tasks import Task
+from lightning_bigmodels.tasks.task import LR_SCALE
 
 
 class Net(nn.Module):
@@ -97,6 +98,27 @@ def test_frozen_parameters_are_left_to_themselves():
 def test_the_default_optimizer_leaks_nothing_into_the_one_that_the_user_picks():
     task = built(optimizer=functools.partial(torch.optim.SGD, lr=0.1))
     assert [g["weight_decay"] for g in task.configure_optimizers().param_groups] == [0, 0, 0]
+
+
+class Scaled(Toy):
+    """A toy whose embedding learns at a tenth of the rate."""
+
+    def parameter_groups(self):
+        *others, undecayed = super().parameter_groups()
+        return [*others, {**undecayed, LR_SCALE: 0.1}]
+
+
+def test_a_group_s_factor_on_the_rate_holds_under_a_schedule_too():
+    task = Scaled(optimizer=functools.partial(torch.optim.SGD, lr=0.5))
+    task.configure_model()
+    assert [group["lr"] for group in task.configure_optimizers().param_groups] == [0.5, 0.5, 0.05]
+    task.schedule = functools.partial(optim.WarmupLinear, final=0.5)
+    task.total_steps = lambda: 10
+    configured = task.configure_optimizers()
+    for _ in range(10):
+        configured["optimizer"].step()
+        configured["lr_scheduler"]["scheduler"].step()
+    assert [group["lr"] for group in configured["optimizer"].param_groups] == pytest.approx([0.25, 0.25, 0.025])
 
 
 @pytest.mark.parametrize(
