@@ -239,6 +239,7 @@ def short_fit(run, strategy, processes):
         "trainer.max_steps": run.contract.short_steps,
         "trainer.val_check_interval": run.contract.short_steps,
         "trainer.precision": "32-true",
+        "trainer.sync_batchnorm": True,
         "data.batch_size": rows,
         "data.eval_batch_size": run.contract.uneven_batch_size,
     }

@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.optim import HIDDEN, OUTPUT, UNDECAYED, ScheduleCallable, default_optimizer
+from lightning_bigmodels.strategies.batch_norm import synchronize
 from lightning_bigmodels.strategies.clipping import clip_norm, clip_value, on_several_meshes
 from lightning_bigmodels.strategies.fsdp2 import shard
 from lightning_bigmodels.strategies.precision import check_precision
@@ -154,6 +155,9 @@ class Task(ExactResume, ABC):
             check_precision(self._trainer)
         self.network = self.build_network()
         mesh = self.device_mesh
+        if self._trainer is not None:
+            data_parallel = None if mesh is None else mesh["data_parallel"]
+            self.network = synchronize(self.network, self.trainer.strategy, data_parallel)
         if mesh is not None:
             size = mesh["tensor_parallel"].size()
             styles = self.tensor_parallel_plan(size) if size > 1 else {}
