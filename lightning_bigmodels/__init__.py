@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 from lightning_bigmodels.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from lightning_bigmodels.data import Text
+    from lightning_bigmodels.data import Images, Text
     from lightning_bigmodels.modules import CausalLanguageModel
 
 __version__ = "0.1.0"
-__all__ = ["CausalLanguageModel", "Text", "__version__"]
+__all__ = ["CausalLanguageModel", "Images", "Text", "__version__"]
 
 # `bigmodels --help` must not wait for torch
-__getattr__ = lazy_names(__name__, {"CausalLanguageModel": "modules", "Text": "data"})
+__getattr__ = lazy_names(__name__, {"CausalLanguageModel": "modules", "Images": "data", "Text": "data"})
 
 
 def __dir__() -> list[str]:

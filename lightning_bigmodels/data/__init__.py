@@ -6,10 +6,13 @@ from lightning_bigmodels.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lightning_bigmodels.data.datamodule import DataModule
+    from lightning_bigmodels.data.images import Images
     from lightning_bigmodels.data.text import Text
     from lightning_bigmodels.data.uneven import EvenBatches
 
-__all__ = ["DataModule", "EvenBatches", "Text"]
+__all__ = ["DataModule", "EvenBatches", "Images", "Text"]
 
 # sources and token caches are usable without waiting for Lightning, text without torchvision, images without tokenizers
-__getattr__ = lazy_names(__name__, {"DataModule": "datamodule", "EvenBatches": "uneven", "Text": "text"})
+__getattr__ = lazy_names(
+    __name__, {"DataModule": "datamodule", "EvenBatches": "uneven", "Images": "images", "Text": "text"}
+)
