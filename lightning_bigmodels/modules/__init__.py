@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 from lightning_bigmodels.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from lightning_bigmodels.modules.cnn.classifier import ImageClassifier
     from lightning_bigmodels.modules.transformer import CausalLanguageModel
 
-__all__ = ["CausalLanguageModel"]
+__all__ = ["CausalLanguageModel", "ImageClassifier"]
 
 # a family is imported when it is named: each has a library of its own behind it
-__getattr__ = lazy_names(__name__, {"CausalLanguageModel": "transformer"})
+__getattr__ = lazy_names(__name__, {"CausalLanguageModel": "transformer", "ImageClassifier": "cnn.classifier"})
