@@ -89,9 +89,9 @@ def _orthogonal_steps(updates: Tensor, group: dict[str, Any]) -> Tensor:
 class MuonWithAdamW(Optimizer):
     """Muon for the hidden matrices, AdamW for embeddings, output layer, biases and norms, as one optimizer.
 
-    A matrix is hidden when its parameter group carries `name="hidden"` (`Task.parameter_groups` sets it) and it has
-    exactly two dimensions. Both parts share one list of groups and one state, so schedules, checkpoints and gradient
-    scalers see a single optimizer.
+    A matrix is hidden when the name of its parameter group begins with `hidden` (`Task.parameter_groups` sets it) and
+    it has exactly two dimensions. Both parts share one list of groups and one state, so schedules, checkpoints and
+    gradient scalers see a single optimizer.
 
     Source: K. Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024, through `torch.optim.Muon`.
 
@@ -126,12 +126,14 @@ class MuonWithAdamW(Optimizer):
         rest: list[dict[str, Any]] = []
         for group in params:
             members = list(group["params"])
-            hidden = [p for p in members if group.get("name") == HIDDEN and p.ndim == 2]
-            others = [p for p in members if group.get("name") != HIDDEN or p.ndim != 2]
+            is_hidden = str(group.get("name", "")).startswith(HIDDEN)
+            hidden = [p for p in members if is_hidden and p.ndim == 2]
+            others = [p for p in members if not (is_hidden and p.ndim == 2)]
             if hidden:
                 matrices.append({**group, "params": hidden})
             if others:
-                rest.append({**group, "params": others})
+                # monitors tell groups apart by their names
+                rest.append({**group, "params": others, **({"name": f"{group['name']}_other"} if hidden else {})})
         if not matrices:
             raise InputError(
                 "MuonWithAdamW found no hidden matrix in its parameter groups; use torch.optim.AdamW instead, or, with "

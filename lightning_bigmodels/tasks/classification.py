@@ -191,7 +191,7 @@ class Classification(Task):
 
     def _metrics(self, phase: str) -> MetricCollection:
         count: dict[str, Any] = {"ignore_index": IGNORED}
-        found: dict[str, Metric] = {"loss": MeanLoss()}
+        found: dict[str, Metric | MetricCollection] = {"loss": MeanLoss()}
         if self.multi_label:
             count["num_labels"] = self.num_classes
             found["accuracy"] = MultilabelAccuracy(average="micro", **count)

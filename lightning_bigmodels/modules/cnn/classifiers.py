@@ -1,22 +1,25 @@
 """Classifiers by name, for any number of channels and classes: torchvision's registry and the small ones of our own."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from lightning_bigmodels.errors import InputError, near
 from lightning_bigmodels.modules.cnn.registry import check_network, load_weights, read_weights
-from lightning_bigmodels.networks.cnn import SmallCNN
+from lightning_bigmodels.networks.cnn import SmallCNN, SmallResNet
 from lightning_bigmodels.networks.pixels import PixelNetwork, statistics
 
-OWN = {"small_cnn": SmallCNN}
-_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
+OWN: dict[str, Callable[..., nn.Module]] = {"small_cnn": SmallCNN, "small_resnet": SmallResNet}
+WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
 # their weights were trained on pixels in [-1, 1], which they make of ImageNet's normalization
 _TRANSFORM_INPUT = ("googlenet", "inception_v3")
 _VISION_TRANSFORMER = "vit_"
@@ -31,7 +34,7 @@ def build_body(name: str, num_classes: int, channels: int, image_size: int, opti
     """Return a network from (B, channels, H, W) to logits (B, num_classes), with random weights.
 
     Args:
-        name: One of torchvision's, or small_cnn.
+        name: One of torchvision's, small_cnn or small_resnet.
         num_classes: Logits.
         channels: Channels of the pictures.
         image_size: Height and width, for the networks that are built for one.
@@ -43,7 +46,8 @@ def build_body(name: str, num_classes: int, channels: int, image_size: int, opti
     check_network("classification", name, tuple(OWN))
     arguments: dict[str, Any] = {"num_classes": num_classes, **options}
     if name in OWN:
-        return _call(OWN[name], name, {"channels": channels, "image_size": image_size, **arguments})
+        size = {"image_size": image_size} if fixed_size(name) else {}
+        return _call(OWN[name], name, {"channels": channels, **size, **arguments})
     if name in _TRANSFORM_INPUT:
         # None would warn that random weights take scipy's time, as they did
         arguments = {"init_weights": True, "aux_logits": True, "transform_input": channels == 3, **arguments}
@@ -56,13 +60,25 @@ def build_body(name: str, num_classes: int, channels: int, image_size: int, opti
         arguments["input_size"] = (image_size, image_size)
     body = _call(torchvision.models.get_model_builder(name), name, arguments)
     if channels != 3:
-        _replace_first_convolution(body, channels)
+        replace_first_convolution(body, channels)
     return body
+
+
+class _WidthsOnCPU(TorchFunctionMode):
+    """Lets RegNet, which computes its widths with tensors and reads them, be built on the meta device."""
+
+    _MAKE_TENSORS = (torch.arange, torch.tensor)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **{**({"device": "cpu"} if func in self._MAKE_TENSORS else {}), **(kwargs or {})})
 
 
 def _call(builder: Callable[..., nn.Module], name: str, arguments: dict[str, Any]) -> nn.Module:
     try:
-        return builder(**arguments)
+        with _WidthsOnCPU() if name.startswith("regnet") else nullcontext():
+            return builder(**arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} cannot be built: {error}; correct model.network_args or model.image_size") from error
 
@@ -72,7 +88,8 @@ def first_convolution(body: nn.Module) -> tuple[str, nn.Conv2d]:
     return next((name, module) for name, module in body.named_modules() if isinstance(module, nn.Conv2d))
 
 
-def _replace_first_convolution(body: nn.Module, channels: int) -> None:
+def replace_first_convolution(body: nn.Module, channels: int) -> None:
+    """Put a convolution for another number of channels in the place of the one that sees the pictures."""
     name, old = first_convolution(body)
     new = nn.Conv2d(
         channels,
@@ -102,6 +119,34 @@ def output_layers(body: nn.Module) -> list[nn.Module]:
     return [main[-1], *auxiliary]
 
 
+def repeated_blocks(body: nn.Module) -> list[nn.Module]:
+    """Return the outermost layers of a kind that torchvision's file of the network defines and the network repeats."""
+    candidates = [
+        module
+        for module in body.modules()
+        if type(module).__module__.startswith("torchvision.models.")
+        and module is not body
+        and not isinstance(module, nn.Sequential)
+        and next(module.parameters(), None) is not None
+    ]
+    kinds = Counter(type(module) for module in candidates)
+    heads = {id(layer) for layer in output_layers(body)}
+    blocks: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in candidates:
+        own = {id(child) for child in module.modules()}
+        if kinds[type(module)] > 1 and id(module) not in inside and not own & heads:
+            blocks.append(module)
+            inside |= own
+    return blocks
+
+
+def undecayed_tensors(body: nn.Module) -> set[nn.Parameter]:
+    """Return tensors of positions, tokens and scales, which no recipe decays although they have several axes."""
+    names = ("class_token", "pos_embedding", "relative_position_bias_table", "layer_scale", "logit_scale")
+    return {parameter for name, parameter in body.named_parameters() if name.rpartition(".")[2] in names}
+
+
 def load_pretrained(network: PixelNetwork, name: str, weights: str, channels: int) -> None:
     """Copy pretrained weights into a network; what has other classes keeps its random ones.
 
@@ -118,15 +163,15 @@ def load_pretrained(network: PixelNetwork, name: str, weights: str, channels: in
         InputError: there are no such weights, or they are another network's.
     """
     body = network.body
-    if Path(weights).suffix in _FILES:
+    if Path(weights).suffix in WEIGHT_FILES:
         state = read_weights(weights)
-        state = {_bare(key): value for key, value in state.items()}
+        state = {bare_name(key): value for key, value in state.items()}
     else:
-        state = _fetch(network, name, weights, channels)
+        state = fetch_weights(network, name, weights, channels)
     if name.startswith(_VISION_TRANSFORMER) and "encoder.pos_embedding" in state:
         assert isinstance(body.image_size, int)
         assert isinstance(body.patch_size, int)
-        state = interpolate_embeddings(body.image_size, body.patch_size, dict(state))  # type: ignore[arg-type]
+        state = interpolate_embeddings(body.image_size, body.patch_size, dict(state))
     key = f"{first_convolution(body)[0]}.weight"
     if key in state and state[key].shape[1] != channels:
         state[key] = spread_channels(state[key], channels)
@@ -149,14 +194,19 @@ def spread_channels(weight: Tensor, channels: int) -> Tensor:
     return weight.repeat(1, repeats, 1, 1)[:, :channels] * (weight.shape[1] / channels)
 
 
-def _bare(key: str) -> str:
+def bare_name(key: str) -> str:
     """Return a parameter's name without what trainers and this package put before it."""
     for prefix in ("module.", "network.", "body."):
         key = key.removeprefix(prefix)
     return key
 
 
-def _fetch(network: PixelNetwork, name: str, weights: str, channels: int) -> dict[str, Tensor]:
+def fetch_weights(network: PixelNetwork, name: str, weights: str, channels: int) -> dict[str, Tensor]:
+    """Return the tensors of torchvision's weights by name, and give the network their normalization of pixels.
+
+    Raises:
+        InputError: there are none of this name, or they cannot be fetched.
+    """
     if name in OWN:
         raise InputError(f"there are no weights {weights!r} for {name}; name a file, or null for random weights")
     known = torchvision.models.get_model_weights(name)
@@ -164,7 +214,7 @@ def _fetch(network: PixelNetwork, name: str, weights: str, channels: int) -> dic
     wanted = weights.rpartition(".")[2]
     if wanted not in names:
         raise InputError(
-            f"{name} has no weights {weights!r}{near(wanted, names)}; or name a file that ends in {', '.join(_FILES)}"
+            f"{name} has no weights {weights!r}{near(wanted, names)}; or name a file that ends in {', '.join(WEIGHT_FILES)}"
         )
     entry = known[wanted]
     try:
