@@ -1,6 +1,8 @@
 """What watches a run; Lightning's own callbacks come first."""
 
 from lightning_bigmodels.callbacks.bad_numbers import BadNumbers
+from lightning_bigmodels.callbacks.class_table import ClassTable
+from lightning_bigmodels.callbacks.explain import Explain
 from lightning_bigmodels.callbacks.predictions import PredictionWriter
 from lightning_bigmodels.callbacks.preemption import Preemption
 from lightning_bigmodels.callbacks.process_watch import ProcessWatch
@@ -11,6 +13,8 @@ from lightning_bigmodels.callbacks.validation_pictures import ValidationPictures
 
 __all__ = [
     "BadNumbers",
+    "ClassTable",
+    "Explain",
     "PredictionWriter",
     "Preemption",
     "ProcessWatch",

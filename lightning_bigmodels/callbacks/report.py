@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from lightning_bigmodels.errors import require
+from lightning_bigmodels.palette import class_palette
+from lightning_bigmodels.png import PictureInBands, write_png
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -50,21 +53,36 @@ def report_picture(trainer: Trainer, name: str, picture: Tensor) -> Path:
     path = folder / f"step_{trainer.global_step:08d}.png"
     if not trainer.is_global_zero:
         return path
-    picture = picture.cpu()
     write_picture(path, picture)
+    send_picture(trainer, name, picture)
+    return path
+
+
+def send_picture(trainer: Trainer, name: str, picture: Tensor) -> None:
+    """Send (3, H, W) uint8 to each logger that can show a picture."""
+    picture = picture.cpu()
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(key=name, images=[picture.permute(1, 2, 0).numpy()])
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, picture, trainer.global_step)
-    return path
 
 
-def write_picture(path: Path, picture: Tensor) -> None:
-    """Write (3, H, W) uint8 as PNG, and the folders above it."""
+def write_picture(path: Path, picture: Tensor | PictureInBands) -> None:
+    """Write (3, H, W) uint8, or a picture whose rows are made meanwhile, as PNG, and the folders above it.
+
+    (H, W) holds classes: of uint8 the PNG has a palette, of uint16 it is gray of 16 bits; its values are the classes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = require("PIL.Image", extra="vision")
-    image.fromarray(picture.permute(1, 2, 0).cpu().contiguous().numpy()).save(path)
+    if isinstance(picture, PictureInBands):
+        write_png(path, picture)
+        return
+    pillow = require("PIL.Image", extra="vision")
+    array = picture.cpu() if picture.ndim == 2 else picture.permute(1, 2, 0).cpu()
+    image = pillow.fromarray(array.contiguous().numpy())
+    if picture.ndim == 2 and picture.dtype == torch.uint8:
+        image.putpalette(class_palette())
+    image.save(path)
 
 
 def show(trainer: Trainer, text: str) -> None:
