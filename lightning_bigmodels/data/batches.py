@@ -101,6 +101,7 @@ class DetectionBatch(TypedDict):
         targets: B sets of objects; without any in prediction batches.
         indices: (B,) int64 place in its part, or `FILLER`.
         files: B names, in prediction batches.
+        image_ids: What the annotations call each picture, in prediction batches.
         errors: What was wrong with each file that was left out.
     """
 
@@ -108,6 +109,7 @@ class DetectionBatch(TypedDict):
     targets: list[Boxes]
     indices: Tensor
     files: NotRequired[list[str]]
+    image_ids: NotRequired[list[int | str]]
     errors: NotRequired[list[str]]
 
 
@@ -119,6 +121,7 @@ class SegmentationBatch(TypedDict):
         masks: (B, H, W) int64 class, or `IGNORED`.
         indices: (B,) int64 place in its part, or `FILLER`.
         sizes: (B, 2) int64 height and width of the file's own picture, in prediction batches.
+        regions: (B, 2) int64 height and width of the upper left part of `images` that the picture fills, as `sizes`.
         files: B names, in prediction batches.
         errors: What was wrong with each file that was left out.
     """
@@ -127,23 +130,40 @@ class SegmentationBatch(TypedDict):
     masks: Tensor
     indices: Tensor
     sizes: NotRequired[Tensor]
+    regions: NotRequired[Tensor]
     files: NotRequired[list[str]]
     errors: NotRequired[list[str]]
 
 
 class SuperResolutionBatch(TypedDict):
-    """Small pictures with the large ones they were made from; s is the factor between them.
+    """Small crops with the large ones they were made from, for training; s is the factor between them.
 
     Attributes:
         images: (B, C, H, W) uint8.
-        targets: (B, C, s H, s W) uint8; not in prediction batches, whose pictures have no larger ones.
+        targets: (B, C, s H, s W) uint8.
+        indices: (B,) int64 place in its part, or `FILLER`.
+        errors: What was wrong with each file that was left out.
+    """
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+    errors: NotRequired[list[str]]
+
+
+class WholePhotoBatch(TypedDict):
+    """Small pictures of any sizes, with the photos they were made from where these are known.
+
+    Attributes:
+        images: B pictures (C, H, W) uint8.
+        targets: B photos (C, s H, s W) uint8; not where pictures are enlarged that have no larger ones.
         indices: (B,) int64 place in its part, or `FILLER`.
         files: B names, in prediction batches.
         errors: What was wrong with each file that was left out.
     """
 
-    images: Tensor
-    targets: NotRequired[Tensor]
+    images: list[Tensor]
+    targets: NotRequired[list[Tensor]]
     indices: Tensor
     files: NotRequired[list[str]]
     errors: NotRequired[list[str]]
