@@ -15,40 +15,60 @@ from lightning_bigmodels.data.vision.examples import Examples, OnError
 from lightning_bigmodels.data.vision.files import picture_files
 from lightning_bigmodels.data.vision.labelled import Labelled, check_classes, with_classes_of, with_common_groups
 from lightning_bigmodels.data.vision.pictures import FilePictures
-from lightning_bigmodels.data.vision.sources import read_source
-from lightning_bigmodels.data.vision.splits import split_off
-from lightning_bigmodels.data.vision.transforms import Transforms
+from lightning_bigmodels.data.vision.sources import Reading, read_source
+from lightning_bigmodels.data.vision.sources_tables import Columns
+from lightning_bigmodels.data.vision.splits import check_fractions, split_off
+from lightning_bigmodels.data.vision.transforms import Interpolation, Size, Transforms
 from lightning_bigmodels.errors import InputError
 
 
 class Images(VisionData):
-    """Pictures with their classes.
+    """Pictures with their classes, or with several labels each.
 
     Attributes:
         class_names: Names of the classes, known after `setup`; empty where only `predict_source` was read.
-        multi_label: Whether an example may have several classes, known after `setup`.
-        group_names: Names of the groups for fairness, known after `setup`; None: there are none.
+        multi_label: Whether a picture may have several classes.
+        group_names: Names of the groups by which fairness is judged, known after `setup`; None: there are none.
 
     Args:
-        source: Where the pictures are: a folder with a folder for each class, or of pictures whose names begin with
-            their class and a dot (`cat.12.jpg`), either of them also inside folders `train`, `val` and `test`;
+        source: Where the pictures are. A folder that holds a folder for each class, or pictures whose names begin with
+            their class and a dot (`cat.12.jpg`), either of them also in folders `train`, `val` and `test`; a table
+            (`.csv`, `.tsv`, `.parquet`) with a line for each picture; `torchvision:NAME`, such as
+            `torchvision:FashionMNIST`; `hub:NAME[:CONFIGURATION][@SPLIT]`, a data set of Hugging Face; a `.npz` file
+            with `images` and `labels`, or `images.npy` beside `labels.npy`; a folder with MNIST's files;
             `sklearn-digits`.
-        val_source: Source of the validation part; None: the one that `source` has, else a fraction of it.
+        val_source: Source of the validation part; None: what `source` calls so, or else a fraction of it.
         test_source: Source of the test part; None: as for `val_source`.
-        predict_source: A folder of pictures, or one picture, that predict answers for; None: the test part, or else the
-            validation part.
-        val_fraction: Part of the training examples, from 0 to below 1, held out for validation where `source` has no
+        predict_source: A folder of pictures, or one picture, to predict the classes of; None: the test part, or else
+            the validation part.
+        val_fraction: Part of the training examples, from 0 to below 1, held out for validation where no source has a
             validation part; stratified by class.
         test_fraction: The same for testing.
         split_seed: Chooses which examples are held out.
+        root: Folder in which torchvision's data set lies (None: `data`), or from which a table's paths start (None: the
+            table's own folder).
+        download: Whether torchvision may fetch a data set that is not in `root`.
+        path_column: Column of a table that holds the picture's file.
+        label_column: Column of a table or hub data set that holds the picture's class, or a list of columns of 0 and 1,
+            whose names are the classes, of which a picture may have several.
+        label_separator: What stands between the classes in `label_column`, of which a picture may then have several.
+        group_column: Column that holds the group of each example, by which fairness is judged.
+        split_column: Column of a table that says train, val or test.
         image_size: Height and width of the pictures in a batch, or both as a list.
-        channels: 3, red, green, blue, or 1, gray; pictures are converted.
+        channels: 3: red, green, blue; 1: gray; pictures are converted. Any other number is that of the pictures.
         eval_resize: Length of a picture's shorter side before its centre is cut out in evaluation; None: `image_size`
             fits tightly.
-        crop_scale: Least and greatest part of a picture's area that a random crop in training shows; None: training
+        crop_scale: Least and greatest part of a picture's area that a random crop in training shows; null: training
             sees pictures as evaluation does.
+        crop_ratio: Least and greatest width over height of that crop.
+        crop_padding: Black pixels round a training picture, from which `image_size` is cut out at a random place, for
+            small pictures; `crop_scale` is null then.
         horizontal_flip: Probability that a training picture is mirrored.
-        augmentations: More that is done to training pictures: transforms of torchvision.transforms.v2.
+        augmentations: More that is done to training pictures, in this order: transforms of torchvision.transforms.v2 by
+            name, such as RandAugment, TrivialAugmentWide, ColorJitter, RandomErasing.
+        progressive_sizes: From which epoch on training pictures have which size instead of `image_size`, such as
+            `{0: 128, 20: 192, 40: 224}`.
+        interpolation: How pixels are made when pictures are resized.
         batch_size: Pictures of a training batch, per process.
         eval_batch_size: Pictures of an evaluation batch, per process; None: as `batch_size`.
         num_workers: Processes that load batches ahead; 0: none.
@@ -69,12 +89,23 @@ class Images(VisionData):
         val_fraction: float = 0.1,
         test_fraction: float = 0.0,
         split_seed: int = 0,
+        root: str | None = None,
+        download: bool = False,
+        path_column: str = "path",
+        label_column: str | list[str] = "label",
+        label_separator: str | None = None,
+        group_column: str | None = None,
+        split_column: str | None = None,
         image_size: int | list[int] = 224,
         channels: int = 3,
         eval_resize: int | None = None,
         crop_scale: tuple[float, float] | None = (0.08, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        crop_padding: int = 0,
         horizontal_flip: float = 0.5,
         augmentations: list[v2.Transform] | None = None,
+        progressive_sizes: dict[int, int | list[int]] | None = None,
+        interpolation: Interpolation = "bilinear",
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -82,26 +113,35 @@ class Images(VisionData):
         on_error: OnError = "error",
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, seed, on_error)
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        check_at_least(1, image_size=min(height, width), channels=channels, eval_resize=eval_resize)
-        check_at_least(0, split_seed=split_seed)
+        check_at_least(1, channels=channels)
+        check_at_least(0, split_seed=split_seed, crop_padding=crop_padding)
+        self.fractions = {
+            "test": 0.0 if test_source else test_fraction,
+            "val": 0.0 if val_source else val_fraction,
+        }
+        check_fractions(self.fractions)
         self.source = source
-        self.val_source = val_source
-        self.test_source = test_source
+        self.other_sources = {"val": val_source, "test": test_source}
         self.predict_source = predict_source
-        self.fractions = {"test": test_fraction, "val": val_fraction}
         self.split_seed = split_seed
-        self.image_size = (height, width)
+        columns = Columns(path_column, label_column, label_separator, group_column, split_column)
+        folder = None if root is None else Path(root).expanduser()
+        self.reading = Reading(columns, folder, download, check_files=on_error == "error")
+        self.image_size = _size(image_size, "image_size")
         self.channels = channels
         self.transforms = Transforms(
             self.image_size,
             eval_resize,
             crop_scale,
-            horizontal_flip=horizontal_flip,
-            augmentations=augmentations or (),
+            crop_ratio,
+            crop_padding,
+            horizontal_flip,
+            augmentations or (),
+            {epoch: _size(size, "progressive_sizes") for epoch, size in (progressive_sizes or {}).items()},
+            interpolation,
         )
-        self.class_names: list[str] = []
-        self.multi_label = False
+        self.class_names: list[str] = list(label_column) if isinstance(label_column, list) else []
+        self.multi_label = columns.multi_label
         self.group_names: list[str] | None = None
         self._labelled: dict[str, Labelled] = {}
 
@@ -112,48 +152,47 @@ class Images(VisionData):
         if not self._labelled:
             self._labelled = self._read()
         train = self._labelled["train"]
-        self.class_names, self.multi_label = train.class_names, train.multi_label
-        self.group_names = train.group_names
+        self.class_names, self.multi_label, self.group_names = train.class_names, train.multi_label, train.group_names
         parts: dict[str, Examples[Any]] = {name: self._examples(part) for name, part in self._labelled.items()}
+        if stage == "fit":
+            self.transforms.check(self.channels)
         if stage == "predict":
-            known = [name for name in ("test", "val") if name in self._labelled]
-            if not known:
-                raise InputError("there is nothing to predict; set predict_source to a folder of pictures")
-            parts["predict"] = self._examples(self._labelled[known[0]], with_files=True)
+            part = self._labelled.get("test", self._labelled.get("val"))
+            if part is None:
+                raise InputError("there is nothing to predict; set data.predict_source to a folder of pictures")
+            parts["predict"] = self._examples(part, with_files=True)
         return parts
 
     @override
+    def part_remedy(self, name: str) -> str:
+        return f"set data.{name}_source, or data.{name}_fraction above 0"
+
+    @override
     def example_batch(self, batch_size: int) -> ImageBatch:
-        """Return random pixels of class 0."""
+        """Return random pixels, of the first class, or of none where there may be several."""
         shape = (batch_size, self.channels, *self.image_size)
         pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        labels = (
-            torch.zeros(batch_size, len(self.class_names))
-            if self.multi_label
-            else torch.zeros(batch_size, dtype=torch.int64)
-        )
+        labels = torch.zeros(batch_size, dtype=torch.int64)
+        if self.multi_label:
+            labels = torch.zeros(batch_size, len(self.class_names))
         images = pixels.contiguous(memory_format=torch.channels_last)
         return {"images": images, "labels": labels, "indices": torch.arange(batch_size)}
 
     def _read(self) -> dict[str, Labelled]:
         if self.source is None:
-            raise InputError("source is not set; name a folder with a folder of pictures for each class")
-        parts = read_source(self.source)
-        for name, other in {"val": self.val_source, "test": self.test_source}.items():
+            raise InputError("data.source is not set; name a folder that holds a folder of pictures for each class")
+        parts = read_source(self.source, self.reading)
+        for name, other in self.other_sources.items():
             if other is not None:
-                parts[name] = self._only_part(name, other)
-        fractions = {name: value for name, value in self.fractions.items() if name not in parts and value > 0}
+                found = read_source(other, self.reading)
+                parts[name] = found.get(name, found["train"])
         check_classes(parts["train"], self.source)
+        fractions = {name: value for name, value in self.fractions.items() if value > 0 and name not in parts}
         parts |= split_off(parts["train"], fractions, self.split_seed)
-        parts = {
-            name: part if name == "train" else with_classes_of(parts["train"], part, name)
-            for name, part in parts.items()
-        }
-        return with_common_groups(parts)
-
-    def _only_part(self, name: str, source: str) -> Labelled:
-        parts = read_source(source)
-        return parts.get(name, parts["train"])
+        train = parts.pop("train")
+        return with_common_groups(
+            {"train": train} | {name: with_classes_of(train, part, name) for name, part in parts.items()}
+        )
 
     def _examples(self, part: Labelled, with_files: bool = False) -> ClassifiedPictures:
         return ClassifiedPictures(part, self.transforms, self.channels, self.seed, self.on_error, with_files)
@@ -161,3 +200,10 @@ class Images(VisionData):
     def _bare(self, path: Path) -> BarePictures:
         files = [path] if path.is_file() else picture_files(path)
         return BarePictures(FilePictures(files), self.transforms, self.channels, self.seed, self.on_error)
+
+
+def _size(value: int | list[int], name: str) -> Size:
+    size = [value, value] if isinstance(value, int) else list(value)
+    if len(size) != 2 or min(size) < 1:
+        raise InputError(f"{name} holds {value}; give one number of 1 or more, or two: height and width")
+    return size[0], size[1]

@@ -74,7 +74,7 @@ class BarePictures(Examples[ClassifiedPicture]):
     @override
     def collate(self, indices: Tensor, examples: list[ClassifiedPicture]) -> dict[str, Any]:
         first = examples[0].image
-        # decoders write pixel by pixel, and convolutions read so fastest: no picture is turned round on the way
+        # decoders write channels innermost, and convolutions read so fastest: no picture is turned round on the way
         images = torch.empty((len(examples), *first.shape), dtype=torch.uint8, memory_format=torch.channels_last)
         for image, example in zip(images, examples, strict=True):
             image.copy_(example.image)

@@ -52,13 +52,26 @@ def read_picture(path: str | Path, channels: int = 3) -> Tensor:
     Raises:
         InputError: the file is missing, empty, cut off, damaged or no picture.
     """
-    path = Path(path)
     try:
-        content = path.read_bytes()
+        content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); correct the path or remove the entry") from error
+    return decode_picture(content, str(path), channels)
+
+
+def decode_picture(content: bytes, name: str, channels: int = 3) -> Tensor:
+    """Return a picture as `read_picture` does, from what its file holds.
+
+    Args:
+        content: The bytes of the file.
+        name: What the user knows it by.
+        channels: As for `read_picture`.
+
+    Raises:
+        InputError: the content is empty, cut off, damaged or no picture.
+    """
     if not content:
-        raise InputError(f"{path} is empty; replace or remove the file")
+        raise InputError(f"{name} is empty; replace or remove the file")
     if content.startswith(_JPEG) and channels in _MODES:
         # the fast way, for nearly every photo
         data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -66,21 +79,31 @@ def read_picture(path: str | Path, channels: int = 3) -> Tensor:
             return torchvision.io.decode_jpeg(data, mode=_MODES[channels], apply_exif_orientation=True)
         except RuntimeError:
             pass  # CMYK, and what is broken, whose reason Pillow knows better
-    return _read_with_pillow(path, content, channels)
-
-
-def _read_with_pillow(path: Path, content: bytes, channels: int) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that nobody reads here
             with Image.open(io.BytesIO(content)) as image:
                 image.load()
-                array = _as_uint8(ImageOps.exif_transpose(image), channels)
+                upright = ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is no picture that Pillow knows; replace or remove the file") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise InputError(f"{path} is damaged or cut off ({error}); replace or remove the file") from error
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+        raise InputError(f"{name} is no picture that Pillow knows; replace or remove the file") from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise InputError(f"{name} is damaged or cut off ({error}); replace or remove the file") from error
+    return from_pillow(upright, name, channels)
+
+
+def from_pillow(image: Image.Image, name: str, channels: int = 3) -> Tensor:
+    """Return a picture that Pillow has read as (channels, H, W) uint8, as `read_picture` does.
+
+    Raises:
+        InputError: the picture has another number of channels, and none of 1 and 3 is wanted.
+    """
+    array = _as_uint8(image, channels)
+    if array.shape[-1] != channels:
+        raise InputError(
+            f"{name} has {array.shape[-1]} channels and {channels} are wanted; convert the file or set channels to 3"
+        )
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def _as_uint8(image: Image.Image, channels: int) -> NDArray[np.uint8]:
@@ -89,14 +112,12 @@ def _as_uint8(image: Image.Image, channels: int) -> NDArray[np.uint8]:
         # 16 bits, which Pillow would cut off at 255
         values = np.asarray(image).astype(np.float64)
         image = Image.fromarray((values / max(1.0, 65535.0 / 255.0)).clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
+    if channels in (1, 3) and ("A" in image.getbands() or "transparency" in image.info):
         own = image.convert("RGBA")
         white = Image.new("RGBA", own.size, "white")
         image = Image.alpha_composite(white, own).convert("RGB")
     if channels in (1, 3):
         image = image.convert("L" if channels == 1 else "RGB")
     array = np.asarray(image)
-    array = array[..., None] if array.ndim == 2 else array
-    if array.shape[-1] != channels:
-        raise InputError(f"the picture has {array.shape[-1]} channels and {channels} are wanted; convert the file")
-    return np.ascontiguousarray(array)
+    # a copy, which is a tensor's own to write to
+    return np.array(array[..., None] if array.ndim == 2 else array)

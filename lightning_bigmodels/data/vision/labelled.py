@@ -51,18 +51,36 @@ class Labelled:
         label = self.labels[index]
         return [self.class_names[k] for k in np.flatnonzero(label)] if self.multi_label else [self.class_names[label]]
 
+    def with_groups(self, names: Sequence[str]) -> "Labelled":
+        """Return the examples with the group of each."""
+        group_names = sorted_names(set(names))
+        places = {name: place for place, name in enumerate(group_names)}
+        return replace(self, group_names=group_names, groups=np.array([places[name] for name in names], dtype=np.int64))
+
     def take(self, chosen: NDArray[np.int64]) -> "Labelled":
         """Return some of the examples, in the order given."""
         groups = None if self.groups is None else self.groups[chosen]
         return replace(self, rows=self.rows[chosen], labels=self.labels[chosen], groups=groups)
 
 
-def labelled(pictures: Pictures, names: Sequence[str]) -> Labelled:
-    """Return pictures with one class each, whose names are sorted: as numbers where all are."""
-    class_names = sorted_names(set(names))
+def labelled(
+    pictures: Pictures,
+    names: Sequence[str],
+    class_names: list[str] | None = None,
+    rows: NDArray[np.int64] | None = None,
+) -> Labelled:
+    """Return pictures with one class each.
+
+    Args:
+        pictures: The pictures.
+        names: The class of each example.
+        class_names: All classes in their order; None: those that occur, sorted: as numbers where all are.
+        rows: Place of each example's picture; None: one example for each picture, in order.
+    """
+    class_names = sorted_names(set(names)) if class_names is None else class_names
     places = {name: place for place, name in enumerate(class_names)}
     labels = np.array([places[name] for name in names], dtype=np.int64)
-    return Labelled(pictures, np.arange(len(names)), class_names, labels)
+    return Labelled(pictures, np.arange(len(names)) if rows is None else rows, class_names, labels)
 
 
 def sorted_names(names: set[str]) -> list[str]:

@@ -67,7 +67,7 @@ class FilePictures(Pictures):
 
     @override
     def digest(self, index: int) -> str:
-        return hashlib.blake2b(Path(self.name(index)).read_bytes(), digest_size=16).hexdigest()
+        return digest_of(Path(self.name(index)).read_bytes())
 
 
 class ArrayPictures(Pictures):
@@ -107,7 +107,12 @@ class ArrayPictures(Pictures):
 
     @override
     def digest(self, index: int) -> str:
-        return hashlib.blake2b(self.array[index].tobytes(), digest_size=16).hexdigest()
+        return digest_of(self.array[index].tobytes())
+
+
+def digest_of(content: bytes) -> str:
+    """Return a hash of what a picture holds."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def with_channels(picture: Tensor, channels: int) -> Tensor:

@@ -4,6 +4,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_bigmodels.data.vision.labelled import Labelled
+from lightning_bigmodels.errors import InputError
+
+
+def check_fractions(fractions: dict[str, float]) -> None:
+    """Refuse fractions out of their range, or that leave nothing to train on."""
+    for name, fraction in fractions.items():
+        if not 0 <= fraction < 1:
+            raise InputError(f"{name}_fraction is {fraction}; set it from 0 to below 1")
+    if sum(fractions.values()) >= 1:
+        raise InputError(
+            f"{' + '.join(f'{name}_fraction' for name in fractions)} is {sum(fractions.values())}; leave something to "
+            f"train on"
+        )
 
 
 def split_off(part: Labelled, fractions: dict[str, float], seed: int) -> dict[str, Labelled]:
