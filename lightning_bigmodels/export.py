@@ -1,37 +1,54 @@
 """A trained network as a folder that others load, compared with the original before it counts as done."""
 
-import shutil
+import copy
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
-from lightning_bigmodels.errors import InputError
+from lightning_bigmodels import export_formats
+from lightning_bigmodels.errors import InputError, RunError
+from lightning_bigmodels.export_comparison import check_weights, compare, describe, example, free_lengths, trials
+from lightning_bigmodels.export_formats import FILES
+from lightning_bigmodels.exportable import Exportable, Format
+
+DESCRIPTION = "description.json"
 
 
-def export(module: LightningModule, folder: str | Path) -> Path:
-    """Write a module's network in the format that its library loads, and return the folder.
+def export(module: LightningModule, folder: str | Path, formats: list[Format] | None = None) -> Path:
+    """Write a module's network in the formats that others load, and return the folder.
 
-    A network of transformers becomes a Hugging Face folder: safetensors, configuration, tokenizer. It is written beside
-    its place, loaded back, compared, and only then moved there.
+    A network of transformers becomes a Hugging Face folder: safetensors, configuration, tokenizer. Any other, with what
+    comes before and after it (`exportable`), becomes torch.export's `model.pt2`, `model.onnx` and
+    `weights.safetensors`, with a `description.json`. All is written beside its place, loaded back, compared, and only
+    then moved there.
 
     Args:
         module: A LightningModule with `network` built and its weights loaded.
         folder: Where to; it must not exist, or be empty.
+        formats: Which of the files; None: all that can hold the network.
 
     Raises:
-        InputError: `folder` holds something, or there is no format for this kind of network.
-        RuntimeError: The folder, loaded back, does not give what the module gives.
+        InputError: `folder` holds something, or there is no such format for this network.
+        RunError: What was written, loaded back, does not give what the module gives.
     """
     from transformers import PreTrainedModel
 
     network: Any = getattr(module, "network", None)
-    if not isinstance(network, PreTrainedModel):
+    ask: Callable[[], Exportable | None] = getattr(module, "exportable", lambda: None)
+    exportable = ask()
+    if exportable is not None:
+        formats = export_formats.chosen(exportable, formats)
+    elif not isinstance(network, PreTrainedModel):
         raise InputError(f"no export format is known for the network of {type(module).__name__}")
+    elif formats is not None:
+        raise InputError("formats is set, and this network becomes a Hugging Face folder; leave formats out")
     target = Path(folder)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"the output {str(target)!r} exists already; name another folder or remove it")
@@ -40,13 +57,70 @@ def export(module: LightningModule, folder: str | Path) -> Path:
         # TemporaryDirectory makes it private to the user; an exported folder follows the user's umask
         half = Path(part, "half")
         half.mkdir()
-        with _no_progress_bars():
-            _write_hugging_face(network, getattr(module, "tokenizer", None), half)
-            _compare_hugging_face(network, half)
+        if exportable is None:
+            with _no_progress_bars():
+                _write_hugging_face(network, getattr(module, "tokenizer", None), half)
+                _compare_hugging_face(network, half)
+        else:
+            _write_files(exportable, network, formats or [], type(module).__name__, half)
+        for path in half.iterdir():
+            path.chmod(half.stat().st_mode & 0o666)  # safetensors makes its files private too
         if target.is_dir():
             target.rmdir()
         half.replace(target)
     return target
+
+
+def load_exported(folder: str | Path, name: Format = "torch") -> Callable[..., dict[str, Tensor]]:
+    """Return what runs an exported network: from its inputs to its outputs by their names.
+
+    Args:
+        folder: What `export` has written.
+        name: Which file: torch (`model.pt2`) or onnx (`model.onnx`).
+
+    Raises:
+        InputError: it is not there, or cannot be run here.
+    """
+    folder = Path(folder)
+    if not (folder / DESCRIPTION).is_file():
+        raise InputError(f"{folder} holds no {DESCRIPTION}; name a folder that bigmodels export has written")
+    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    run = export_formats.load(folder, name)
+    names = [output["name"] for output in description["outputs"]]
+    return lambda *inputs: dict(zip(names, run(inputs), strict=True))
+
+
+def unsupported(folder: Path) -> dict[str, str]:
+    """Return the files that an exported folder lacks since they cannot hold its network, and why."""
+    path = folder / DESCRIPTION
+    reasons: dict[Format, str] = json.loads(path.read_text(encoding="utf-8"))["unsupported"] if path.is_file() else {}
+    return {FILES[name]: reason for name, reason in reasons.items()}
+
+
+def _write_files(exportable: Exportable, network: Any, formats: list[Format], title: str, folder: Path) -> None:
+    # a copy: the module stays where it is, and in training if it was
+    exportable = exportable._replace(
+        network=copy.deepcopy(exportable.network).cpu().eval(), inputs=tuple(given.cpu() for given in exportable.inputs)
+    )
+    tried = trials(exportable)
+    # an axis of one element would be taken for one that never has more
+    lengths = {name: max(2, length) for name, length in free_lengths(exportable).items()}
+    notes = export_formats.write(exportable._replace(inputs=example(exportable, lengths)), network, formats, folder)
+    differences: dict[str, float] = {}
+    for name in formats:
+        if name == "weights":
+            check_weights(network, folder)
+        else:
+            differences[name] = compare(name, export_formats.load(folder, name), tried, exportable)
+    description = {
+        "model": title,
+        **describe(exportable, tried),
+        "files": {name: FILES[name] for name in formats},
+        "unsupported": dict(exportable.unsupported),
+        "largest_difference": differences,
+        **notes,
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -87,5 +161,4 @@ def _compare_hugging_face(network: Any, folder: Path) -> None:
     network.train(was_training)
     if not torch.equal(expected, found):
         worst = (expected - found).abs().max().item()
-        shutil.rmtree(folder)
-        raise RuntimeError(f"the exported network's logits differ from the original's by up to {worst:.3g}")
+        raise RunError(f"the exported network's logits differ from the original's by up to {worst:.3g}")

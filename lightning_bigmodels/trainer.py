@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from lightning_bigmodels.batch_size import find_batch_size
 from lightning_bigmodels.errors import InputError, RunError
-from lightning_bigmodels.export import export
+from lightning_bigmodels.export import export, unsupported
+from lightning_bigmodels.exportable import Format
 from lightning_bigmodels.strategies.checkpoint_io import read_sharded
 from lightning_bigmodels.strategies.sharded_checkpoint import ShardedCheckpoints
 
@@ -60,14 +61,21 @@ class Trainer(pl.Trainer):
         datamodule: LightningDataModule | None = None,
         output: str = "export",
         ckpt_path: str | None = None,
+        formats: list[Format] | Format | None = None,
     ) -> Path:
         """Write a trained model to a folder that other programs read.
+
+        A network of transformers becomes a Hugging Face folder. Any other becomes model.pt2 (torch.export), model.onnx,
+        weights.safetensors and description.json, with what comes before and after the network inside: pixels in,
+        probabilities out. What was written is loaded back and compared before it counts.
 
         Args:
             model: The model to write.
             datamodule: Not used, and not set up: export needs no data.
             output: Folder to write to.
             ckpt_path: Checkpoint to load: a path, or best or last of the latest fit.
+            formats: Which files: torch, onnx, weights, or some of them as [torch,weights]; null writes all that can
+                hold the network.
 
         Returns:
             The folder.
@@ -87,7 +95,9 @@ class Trainer(pl.Trainer):
                 checkpoint = torch.load(ckpt_path, weights_only=True, map_location="cpu")
             model.on_load_checkpoint(checkpoint)
             model.load_state_dict(checkpoint["state_dict"])
-        folder = export(model, output)
+        folder = export(model, output, [formats] if isinstance(formats, str) else formats)
+        for name, reason in unsupported(folder).items():
+            print(f"without {name}: {reason}")
         print(f"exported to {folder}")
         return folder
 

@@ -37,7 +37,7 @@ def clean_process(tmp_path, monkeypatch):
 def written(monkeypatch):
     """Stand-in for the export of a known family: records the model that it was given."""
     models = []
-    monkeypatch.setattr(trainer, "export", lambda module, folder: models.append(module) or Path(folder))
+    monkeypatch.setattr(trainer, "export", lambda module, folder, formats: models.append(module) or Path(folder))
     return models
 
 

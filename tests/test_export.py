@@ -86,3 +86,15 @@ def test_a_network_without_a_format_is_refused(model, tmp_path):
     model.network = nn.Linear(2, 2)
     with pytest.raises(InputError, match="no export format is known for the network of CausalLanguageModel"):
         export(model, tmp_path / "out")
+
+
+def test_a_network_of_transformers_has_one_format(model, tmp_path):
+    with pytest.raises(InputError, match="becomes a Hugging Face folder; leave formats out"):
+        export(model, tmp_path / "out", ["onnx"])
+
+
+def test_an_exported_folder_follows_the_umask(model, tmp_path):
+    folder = export(model, tmp_path / "out")
+    (tmp_path / "plain").write_text("")
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.exportable import Exportable as Exportable
 from lightning_bigmodels.optim import HIDDEN, OUTPUT, UNDECAYED, ScheduleCallable, default_optimizer
 from lightning_bigmodels.strategies.batch_norm import synchronize
 from lightning_bigmodels.strategies.clipping import clip_norm, clip_value, on_several_meshes
@@ -31,26 +32,6 @@ from lightning_bigmodels.tasks.exact_resume import ExactResume
 Phase = Literal["train", "val", "test"]
 LR_SCALE = "lr_scale"
 """Key of a parameter group: factor on the optimizer's learning rate."""
-
-
-class Exportable(NamedTuple):
-    """A network as others run it, with all that comes before and after it: pixels in, probabilities out.
-
-    Attributes:
-        network: Takes `inputs` and returns a tuple of tensors.
-        inputs: An example of what it takes.
-        input_names: A name for each input.
-        output_names: A name for each tensor returned.
-        dynamic: For each input, the names of the axes whose length is free.
-        description: Plain values that a reader of the outputs needs, such as the names of classes.
-    """
-
-    network: nn.Module
-    inputs: tuple[Tensor, ...]
-    input_names: tuple[str, ...]
-    output_names: tuple[str, ...]
-    dynamic: tuple[dict[int, str], ...]
-    description: dict[str, Any]
 
 
 class Task(ExactResume, ABC):

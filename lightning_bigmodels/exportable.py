@@ -1,0 +1,32 @@
+"""What a family hands over to be exported: its network with all that comes before and after it."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+Format = Literal["torch", "onnx", "weights"]
+"""torch.export's program, an ONNX model, the network's tensors by their names."""
+
+
+class Exportable(NamedTuple):
+    """A network as others run it, with all that comes before and after it: pixels in, probabilities out.
+
+    Attributes:
+        network: Takes `inputs` and returns a tuple of tensors.
+        inputs: An example of what it takes; uint8 inputs are taken for pixels, of which any will do.
+        input_names: A name for each input.
+        output_names: A name for each tensor returned.
+        dynamic: For each input, the names of the axes whose length is free; axes of one name have one length.
+        description: Plain values that a reader of the outputs needs, such as the names of classes.
+        unsupported: For each format that cannot hold this network, why.
+    """
+
+    network: nn.Module
+    inputs: tuple[Tensor, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    dynamic: tuple[dict[int, str], ...]
+    description: dict[str, Any]
+    unsupported: Mapping[Format, str] = MappingProxyType({})
