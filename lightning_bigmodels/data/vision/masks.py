@@ -1,7 +1,6 @@
-"""The class of each pixel from files: palettes, gray values, colours, and COCO's polygons."""
+"""The class of each pixel from a file of values or colours."""
 
 import io
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from lightning_bigmodels.data.batches import IGNORED
-from lightning_bigmodels.errors import InputError, require
+from lightning_bigmodels.errors import InputError
 
 Color = tuple[int, int, int]
 NO_CLASS = -1
@@ -97,15 +95,15 @@ def read_mask(path: Path, meaning: MaskValues, size: tuple[int, int]) -> Tensor:
     image = _open(path)
     if (image.height, image.width) != size:
         raise InputError(
-            f"{path} is {image.height} x {image.width} pixels and its picture {size[0]} x {size[1]}; make a mask of the "
-            f"picture's size"
+            f"{path} is {image.height} x {image.width} pixels and its picture {size[0]} x {size[1]}; make a mask "
+            f"of the picture's size"
         )
     if meaning.colors is not None:
         return _from_colors(path, image, meaning.colors)
     if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
         raise InputError(
-            f"{path} has {len(image.getbands())} channels ({image.mode}), where a mask has one whose values are classes; "
-            f"write a gray or paletted PNG, or set data.class_colors to the colour of each class"
+            f"{path} has {len(image.getbands())} channels ({image.mode}), where a mask has one whose values are "
+            f"classes; write a gray or paletted PNG, or set data.class_colors to the colour of each class"
         )
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > _MAX_VALUE:
@@ -116,8 +114,8 @@ def read_mask(path: Path, meaning: MaskValues, size: tuple[int, int]) -> Tensor:
         row, column = np.argwhere(wrong)[0]
         raise InputError(
             f"{path} has the value {values[row, column]} at row {row}, column {column}, and "
-            f"{meaning.num_classes} classes have no such value; correct the mask, add the class to data.class_names, or "
-            f"set data.ignored_value to it"
+            f"{meaning.num_classes} classes have no such value; correct the mask, add the class to data.class_names, "
+            f"or set data.ignored_value to it"
         )
     return torch.from_numpy(mask)
 
@@ -152,115 +150,3 @@ def _from_colors(path: Path, image: Image.Image, colors: dict[int, int]) -> Tens
         )
     classes = np.array([colors[code] for code in found.tolist()], dtype=np.int16)
     return torch.from_numpy(classes[places.reshape(codes.shape)])
-
-
-class CocoMasks:
-    """Masks from the polygons and run-length codes of a COCO JSON file.
-
-    Where objects overlap the smaller one lies on top. A region of a crowd (`iscrowd`) is ignored. What no object covers
-    is the class 0, `background`.
-
-    Args:
-        path: The JSON file.
-        class_names: `background` and those categories that count, in order; None: all, by their ids. An object of
-            another category is background.
-
-    Raises:
-        InputError: the file is missing or no COCO JSON, or has no category of a name.
-    """
-
-    def __init__(self, path: Path, class_names: Sequence[str] | None = None) -> None:
-        self.path = path
-        content = _read_json(path)
-        categories = sorted(content["categories"], key=lambda entry: entry["id"])
-        known = {entry["name"]: entry["id"] for entry in categories}
-        self.class_names = ["background", *known] if class_names is None else list(class_names)
-        wrong = [name for name in self.class_names[1:] if name not in known]
-        if wrong:
-            raise InputError(f"{path} has no category {wrong[0]!r}; it has {', '.join(known)}")
-        self.numbers = {known[name]: number for number, name in enumerate(self.class_names) if number}
-        self._category_ids = set(known.values())
-        self.images = {entry["file_name"]: entry for entry in content["images"]}
-        ids = {entry["id"]: entry["file_name"] for entry in content["images"]}
-        self.objects: dict[str, list[dict[str, Any]]] = {name: [] for name in self.images}
-        for entry in content["annotations"]:
-            if entry["image_id"] not in ids:
-                raise InputError(
-                    f"{path}: annotation {entry.get('id')} belongs to image {entry['image_id']}, which is not in the "
-                    f"file; correct or remove it"
-                )
-            self.objects[ids[entry["image_id"]]].append(entry)
-
-    def read(self, name: str, size: tuple[int, int]) -> Tensor:
-        """Return (H, W) int16: the class of each pixel, or `IGNORED`.
-
-        Args:
-            name: The picture's `file_name`.
-            size: Its height and width.
-
-        Raises:
-            InputError: the file has another size, or an annotation's category or segmentation is none.
-        """
-        entry = self.images[name]
-        stated = (entry.get("height", size[0]), entry.get("width", size[1]))
-        if stated != size:
-            raise InputError(
-                f"{self.path} says that {name} is {stated[0]} x {stated[1]} pixels and the file is {size[0]} x "
-                f"{size[1]}; annotate the file at its size"
-            )
-        regions = [(self._region(one, size), self._number(one)) for one in self.objects[name]]
-        mask = np.zeros(size, dtype=np.int16)
-        for region, number in sorted(regions, key=lambda pair: -int(pair[0].sum())):
-            mask[region] = number
-        return torch.from_numpy(mask)
-
-    def classes(self, name: str) -> list[str]:
-        """Return the names of the classes that a picture's objects have."""
-        numbers = {self._number(one) for one in self.objects[name]} - {IGNORED, 0}
-        return [self.class_names[number] for number in sorted(numbers)]
-
-    def _number(self, entry: dict[str, Any]) -> int:
-        if entry.get("iscrowd"):
-            return IGNORED
-        category = entry["category_id"]
-        if category not in self._category_ids:
-            raise InputError(
-                f"{self.path}: annotation {entry.get('id')} has category {category}, which is not in the file; "
-                f"correct or remove it"
-            )
-        return self.numbers.get(category, 0)
-
-    def _region(self, entry: dict[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]:
-        coco = require("pycocotools.mask", extra="vision")
-        segmentation = entry.get("segmentation")
-        try:
-            if isinstance(segmentation, list):
-                if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-                    raise ValueError("a polygon has three points or more")
-                code = coco.merge(coco.frPyObjects(segmentation, *size))
-            else:
-                code = coco.frPyObjects(segmentation, *size) if _is_plain(segmentation) else segmentation
-                if tuple(code["size"]) != size:
-                    raise ValueError(f"its size is {code['size']}")
-            return coco.decode(code).astype(bool)
-        except (TypeError, ValueError, KeyError, IndexError) as error:
-            raise InputError(
-                f"{self.path}: the segmentation of annotation {entry.get('id')} is none ({error}); correct or remove it"
-            ) from error
-
-
-def _is_plain(segmentation: Any) -> bool:
-    return isinstance(segmentation["counts"], list)
-
-
-def _read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); correct the path in data.masks") from error
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}); name a COCO file") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise InputError(f"{path} has no list {key!r}, as a COCO file has; name one that has")
-    return content
