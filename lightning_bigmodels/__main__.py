@@ -14,6 +14,7 @@ VERBS = {
     "validate": "measure a trained model on the validation data",
     "test": "measure a trained model on the test data",
     "predict": "apply a trained model: generate, classify, ...",
+    "explain": "show what made a trained classifier say so",
     "export": "write a trained model to a folder that other programs read",
     "prepare": "tokenize text into shards, in a folder or an object store",
     "consolidate": "turn a sharded checkpoint into one file",

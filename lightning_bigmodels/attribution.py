@@ -43,7 +43,7 @@ class Explainable(NamedTuple):
         forward: From `inputs` to logits (B, K).
         inputs: (B, ...) of floating point: pixels, embeddings of tokens, columns.
         baseline: What stands for an input that says nothing, of a shape that broadcasts to that of `inputs`.
-        summed: The axis of `inputs` that is no place, over which attributions are summed; None: all are places.
+        summed: The axis of `inputs` that is no place, such as channels; None: all are places.
         window: The part of an example that occlusion hides at a time: its length along each axis but the first.
         stride: By how much the window moves.
         layer: Finds the layer for Grad-CAM.
@@ -188,7 +188,7 @@ def _integrated_gradients(run: Explainable, classes: Tensor) -> Tensor:
     method = captum.IntegratedGradients(run.forward)
     # one step of all examples at a time: the memory is that of one batch
     found = method.attribute(run.inputs, run.baseline, classes, n_steps=NUM_STEPS, internal_batch_size=len(run.inputs))
-    return _sum(run, found)
+    return found if run.summed is None else found.sum(run.summed)
 
 
 def _occlusion(run: Explainable, classes: Tensor) -> Tensor:
@@ -197,7 +197,8 @@ def _occlusion(run: Explainable, classes: Tensor) -> Tensor:
         found = captum.Occlusion(run.forward).attribute(
             run.inputs, run.window, strides=run.stride, baselines=run.baseline, target=classes
         )
-    return _sum(run, found)
+    # all that a window hides has the whole of its effect
+    return found if run.summed is None else found.mean(run.summed)
 
 
 def _places(run: Explainable) -> tuple[int, ...]:
@@ -205,7 +206,3 @@ def _places(run: Explainable) -> tuple[int, ...]:
     if run.summed is not None:
         del shape[run.summed]
     return tuple(shape[1:])
-
-
-def _sum(run: Explainable, found: Tensor) -> Tensor:
-    return found if run.summed is None else found.sum(run.summed)

@@ -45,15 +45,8 @@ _FIT_CHECKPOINT_HELP = (
     "Go on from a checkpoint: last continues the latest run in its folder; best or a path starts a new run from there."
 )
 _UNTRAINED = ("export", "prepare")
-_PLAIN_TRAINER: dict[str, Any] = {
-    "logger": False,
-    "plugins": None,
-    "accelerator": "auto",
-    "strategy": "auto",
-    "devices": 1,
-    "num_nodes": 1,
-    "precision": None,
-}
+_ONE_DEVICE: dict[str, Any] = {"plugins": None, "strategy": "auto", "devices": 1, "num_nodes": 1}
+_PLAIN_TRAINER: dict[str, Any] = {**_ONE_DEVICE, "logger": False, "accelerator": "auto", "precision": None}
 
 
 class ConfigAction(ActionConfigFile):
@@ -89,7 +82,7 @@ class CLI(LightningCLI):
 
     @override
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method in Lightning
-        own = {verb: {"model", "datamodule"} for verb in ("export", "prepare", "batch_size")}
+        own = {verb: {"model", "datamodule"} for verb in ("explain", "export", "prepare", "batch_size")}
         verbs = {**LightningCLI.subcommands(), **own}
         # each verb costs a parser of 50 arguments, and the command has named the one that it needs
         return {self._verb: verbs[self._verb]}
@@ -172,6 +165,9 @@ class CLI(LightningCLI):
         verb = str(self.subcommand)
         config = self.config[verb]
         loggers: list[Logger] = []
+        if verb == "explain":
+            # what a recipe's callbacks watch and write is not asked for
+            kwargs |= {**_ONE_DEVICE, "callbacks": []}
         if verb in _UNTRAINED:
             # nothing is trained: no folder, and none of the recipe's devices
             kwargs |= {**_PLAIN_TRAINER, "callbacks": []}

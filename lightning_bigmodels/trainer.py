@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from typing_extensions import override
 
 from lightning_bigmodels.batch_size import find_batch_size
+from lightning_bigmodels.callbacks.explain import Explainer, explain_predictions
 from lightning_bigmodels.errors import InputError, RunError
 from lightning_bigmodels.export import export, unsupported
 from lightning_bigmodels.exportable import Format
@@ -100,6 +101,51 @@ class Trainer(pl.Trainer):
             print(f"without {name}: {reason}")
         print(f"exported to {folder}")
         return folder
+
+    def explain(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        method: str = "grad_cam",
+        target: str = "predicted",
+        num_examples: int = 16,
+        part: Literal["predict", "val"] = "predict",
+        layer: str | None = None,
+        baseline: float | None = None,
+        window: int | None = None,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Show what made a classifier say so: pictures in explanations/ of the run's folder.
+
+        Each picture is shown beside itself in gray with a heat map over it: what speaks for the class, red, and yellow
+        where it counts most. The precision is that of the weights, and one device is used.
+
+        Args:
+            model: A classifier.
+            datamodule: The data.
+            method: grad_cam, integrated_gradients or occlusion.
+            target: The class that is asked for: predicted, true, or the name of one.
+            num_examples: How many examples are explained, from the first on.
+            part: The examples that predict answers for, or those of validation.
+            layer: Name of the layer for grad_cam; null takes the last with maps of the size of the last convolution's,
+                of a ViT the norm before the last attention, of a Swin the norm before pooling.
+            baseline: Gray level from 0 to 1 that stands for nothing, for the other two methods; null takes the mean
+                that the network normalizes with.
+            window: Side in pixels of the square that occlusion hides at a time; null takes a seventh of the picture's.
+            ckpt_path: Checkpoint to load: a path, or best or last of the latest fit.
+
+        Raises:
+            InputError: there are no trained weights, the model is no classifier, or an argument does not fit.
+        """
+        if ckpt_path is None and not (model.hparams.get("weights") or model.hparams.get("pretrained")):
+            raise InputError(
+                "explain would look at untrained weights; name a checkpoint: --ckpt_path best, last or a file"
+            )
+        if datamodule is None:
+            raise InputError("no data is named; name a recipe with --config (see: bigmodels recipes) or --data CLASS")
+        explainer = Explainer(method, target, layer, baseline, window, num_examples)
+        folder, number = explain_predictions(self, explainer, model, datamodule, part, ckpt_path)
+        print(f"{number} explanations in {folder}")
 
     def prepare(
         self,

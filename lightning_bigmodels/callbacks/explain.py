@@ -1,6 +1,7 @@
 """What made a classifier say so, in pictures, as it learns and once it has learned."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -117,7 +118,7 @@ class Explainer:
             name, chance = _name(module.class_names, mine), float(probabilities[row, mine])
             other = "" if mine == best else f", predicted: {_name(module.class_names, best)}"
             truth = "" if label == IGNORED else f", true: {_name(module.class_names, label)}"
-            captions.append([f"{name} {100 * chance:.1f} %", (other + truth).removeprefix(", ")])
+            captions.append([f"{name}: {100 * chance:.1f} %", (other + truth).removeprefix(", ")])
         pictures = module.draw_explanations(batch, heat, captions)
         files = batch.get("files") or [None] * len(pictures)
         return [
@@ -227,8 +228,8 @@ class _Predicted(Callback):
         found = self.explainer.explain(trainer, self.explainer.check(pl_module), batch, left)
         self.number += len(found)
         for place, file, picture in found:
-            name = f"{place:06d}.png" if file is None else f"{place:06d}_{Path(file).stem}.png"
-            write_picture(run_folder(trainer) / NAME / name, picture)
+            stem = "" if file is None else re.sub(r"[^\w.-]+", "_", f"_{Path(file).stem}")
+            write_picture(run_folder(trainer) / NAME / f"{place:06d}{stem}.png", picture)
         self._shown += [one.picture for one in found][: _SHOWN - len(self._shown)]
 
     @override

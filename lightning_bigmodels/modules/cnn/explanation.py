@@ -158,7 +158,7 @@ def draw_heat(images: Tensor, heat: Tensor, captions: Sequence[Sequence[str]]) -
 
     Args:
         images: (B, C, H, W) uint8, or in [0, 1]; other than 1 or 3 channels are averaged.
-        heat: (B, H, W), 0 or more; the highest value of a picture is white hot.
+        heat: (B, H, W), 0 or more; the highest of a picture is yellow.
         captions: For each picture, lines of text.
     """
     pixels = (images.float() if images.is_floating_point() else images.float() / 255).cpu()
@@ -166,12 +166,13 @@ def draw_heat(images: Tensor, heat: Tensor, captions: Sequence[Sequence[str]]) -
     heat = heat.float().cpu() / heat.float().cpu().amax((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     heat = heat[:, None]
     gray = pixels.mean(1, keepdim=True)
-    # black, red, yellow, white
-    hot = (3 * heat - torch.tensor([0.0, 1.0, 2.0]).view(-1, 1, 1)).clamp(0, 1)
+    # no heat, red, yellow: colours that a picture in gray has not
+    hot = (2 * heat - torch.tensor([0.0, 1.0, 2.0]).view(-1, 1, 1)).clamp(0, 1)
     over = 0.7 * gray * (1 - heat) + hot * heat
-    factor = math.ceil(_SMALLEST / min(pixels.shape[2:]))
-    pair = torch.cat([pixels.expand_as(over), over], dim=3)
-    pair = F.interpolate(pair, scale_factor=factor, mode="nearest") if factor > 1 else pair
+    factor = max(1, math.ceil(_SMALLEST / min(pixels.shape[2:])))
+    sides = [F.interpolate(side, scale_factor=factor, mode="nearest") for side in (pixels.expand_as(over), over)]
+    gap = torch.ones(len(pixels), 3, factor * pixels.shape[2], 2)
+    pair = torch.cat([sides[0], gap, sides[1]], dim=3)
     pictures = (pair * 255).round().to(torch.uint8)
     return [_with_text(picture, lines) for picture, lines in zip(pictures, captions, strict=True)]
 
