@@ -3,6 +3,7 @@
 from lightning_bigmodels.callbacks.bad_numbers import BadNumbers
 from lightning_bigmodels.callbacks.class_table import ClassTable
 from lightning_bigmodels.callbacks.explain import Explain
+from lightning_bigmodels.callbacks.fairness import Fairness
 from lightning_bigmodels.callbacks.predictions import PredictionWriter
 from lightning_bigmodels.callbacks.preemption import Preemption
 from lightning_bigmodels.callbacks.process_watch import ProcessWatch
@@ -15,6 +16,7 @@ __all__ = [
     "BadNumbers",
     "ClassTable",
     "Explain",
+    "Fairness",
     "PredictionWriter",
     "Preemption",
     "ProcessWatch",
