@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import Logger
 from typing_extensions import override
 
 from lightning_bigmodels import data, modules, runs
-from lightning_bigmodels.callbacks import BadNumbers, PredictionWriter, Preemption, ProcessWatch, RunSummary
+from lightning_bigmodels.callbacks import BadNumbers, Fairness, PredictionWriter, Preemption, ProcessWatch, RunSummary
 from lightning_bigmodels.callbacks.bad_numbers import BadNumbersError
 from lightning_bigmodels.callbacks.preemption import PreemptedError, own_exit_code
 from lightning_bigmodels.cli_errors import explain
@@ -213,10 +213,17 @@ class CLI(LightningCLI):
             callbacks = [*(kind() for kind in _GUARDS if not _holds(kind, config["callbacks"])), *callbacks]
         if self.subcommand == "predict":
             callbacks = [PredictionWriter(), *callbacks]
+        judges = self.subcommand in ("fit", "validate", "test") and self._data_argument("group_column")
+        if judges and not _holds(Fairness, config["callbacks"]):
+            callbacks = [Fairness(), *callbacks]
         if config["enable_progress_bar"] is not False and not _holds(ProgressBar, config["callbacks"]):
             # Lightning's choice, rich, redraws ten times a second: 10 % of a small network's time on two cores
             callbacks = [*callbacks, TQDMProgressBar(refresh_rate=5)]
         return super()._instantiate_trainer(with_true_precision(config), callbacks)
+
+    def _data_argument(self, name: str) -> Any:
+        data = self.config[str(self.subcommand)].get("data") or {}
+        return (data.get("init_args") or {}).get(name)
 
     def _config_names(self) -> list[str]:
         return [display_name(str(path)) for path in self.config[str(self.subcommand)].get("config") or [] if path]

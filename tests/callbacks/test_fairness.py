@@ -6,9 +6,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.functional.classification import binary_fairness
 
+from lightning_bigmodels.__main__ import main
 from lightning_bigmodels.callbacks import Fairness
 from lightning_bigmodels.callbacks.fairness import worst_ratio
 from lightning_bigmodels.data.batches import FILLER, IGNORED
@@ -278,3 +280,56 @@ def test_data_and_models_that_do_not_fit_are_refused(trainer):
     refuse("ToyModel gives no probabilities of classes; remove the callback Fairness", ToyModel(), silent)
     with pytest.raises(InputError, match="min_examples is -1; set it to 0 or more"):
         Fairness(min_examples=-1)
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def table_of_pictures(tmp_path_factory):
+    """A CSV of sixty pictures with a class and a group each."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = ["path,label,camera"]
+    for number in range(60):
+        label, camera = number % 2, "old" if number % 3 else "new"
+        pixels = torch.full((8, 8), 40 + 150 * label, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,{'bright' if label else 'dark'},{camera}")
+    (folder / "pictures.csv").write_text("\n".join(lines))
+    return folder / "pictures.csv"
+
+
+def test_the_command_judges_groups_where_a_column_of_them_is_named(table_of_pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    flags = [
+        "--model", "ImageClassifier", "--model.network", "small_cnn", "--model.num_classes", "2",
+        "--model.image_size", "8", "--model.channels", "1", "--data", "Images", "--data.image_size", "8",
+        "--data.channels", "1", "--data.source", str(table_of_pictures), "--data.val_fraction", "0.4",
+        "--data.batch_size", "12", "--trainer.max_steps", "1", "--trainer.val_check_interval", "1",
+        "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+        "--trainer.enable_checkpointing", "false",
+    ]  # fmt: skip
+
+    def fit(name, *more):
+        assert main(["fit", *flags, "--trainer.default_root_dir", str(tmp_path / name), *more]) == 0
+        return sorted(str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("fairness/*"))
+
+    assert fit("without") == []
+    grouped = ["--data.group_column", "camera"]
+    with pytest.warns(UserWarning, match=r"fewer than 100 examples in 2 of 2 groups \('new' \d+, 'old' \d+\)"):
+        assert fit("with", *grouped) == ["fit/version_0/fairness/val_step_00000001.csv"]
+    rows = table(tmp_path / "with/fit/version_0", "val_step_00000001.csv")
+    assert [(row["group"], row["class"]) for row in rows[:2]] == [("new", "dark"), ("old", "dark")]
+    assert sum(int(row["examples"]) for row in rows[:2]) == 24
+    # the user's own callback is the only one
+    own = [
+        "--trainer.callbacks+=Fairness",
+        "--trainer.callbacks.min_examples=0",
+        "--trainer.callbacks.positive_class=bright",
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "fairness"
+        )  # the network has learned nothing yet, and may say the other class
+        fit("own", *grouped, *own)
+    assert {row["class"] for row in table(tmp_path / "own/fit/version_0", "val_step_00000001.csv")} == {"bright"}
