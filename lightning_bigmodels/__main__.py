@@ -16,6 +16,7 @@ VERBS = {
     "predict": "apply a trained model: generate, classify, ...",
     "explain": "show what made a trained classifier say so",
     "export": "write a trained model to a folder that other programs read",
+    "check": "find broken files, copies, leaks and missing classes in the data",
     "prepare": "tokenize text into shards, in a folder or an object store",
     "consolidate": "turn a sharded checkpoint into one file",
     "batch-size": "find the largest batch that fits into memory on all processes",

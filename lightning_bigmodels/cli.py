@@ -44,7 +44,8 @@ _CHECKPOINT_HELP = "Checkpoint to load: a path, or best or last of the latest ru
 _FIT_CHECKPOINT_HELP = (
     "Go on from a checkpoint: last continues the latest run in its folder; best or a path starts a new run from there."
 )
-_UNTRAINED = ("export", "prepare")
+_UNTRAINED = ("check", "export", "prepare")
+_WITHOUT_MODEL = ("check", "prepare")
 _ONE_DEVICE: dict[str, Any] = {"plugins": None, "strategy": "auto", "devices": 1, "num_nodes": 1}
 _PLAIN_TRAINER: dict[str, Any] = {**_ONE_DEVICE, "logger": False, "accelerator": "auto", "precision": None}
 
@@ -82,7 +83,7 @@ class CLI(LightningCLI):
 
     @override
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method in Lightning
-        own = {verb: {"model", "datamodule"} for verb in ("explain", "export", "prepare", "batch_size")}
+        own = {verb: {"model", "datamodule"} for verb in ("check", "explain", "export", "prepare", "batch_size")}
         verbs = {**LightningCLI.subcommands(), **own}
         # each verb costs a parser of 50 arguments, and the command has named the one that it needs
         return {self._verb: verbs[self._verb]}
@@ -101,7 +102,7 @@ class CLI(LightningCLI):
         for action in parser._actions:
             if action.dest == "ckpt_path":
                 action.help = _FIT_CHECKPOINT_HELP if subcommand == "fit" else _CHECKPOINT_HELP
-            if subcommand == "prepare" and action.dest.split(".")[0] in ("trainer", "model"):
+            if subcommand in _WITHOUT_MODEL and action.dest.split(".")[0] in ("trainer", "model"):
                 # a recipe holds them, and they do nothing here
                 action.help = SUPPRESS
         if subcommand == "predict":
@@ -152,7 +153,7 @@ class CLI(LightningCLI):
         """Find the checkpoint. Lightning lets its hyper-parameters overrule the user's; here the user's stand."""
         verb = self.config["subcommand"]
         config = self.config[verb]
-        if verb == "prepare":
+        if verb in _WITHOUT_MODEL:
             config["model"] = None
         elif config.get("model") is None:
             raise InputError("no model is named; name a recipe with --config (see: bigmodels recipes) or --model CLASS")

@@ -2,8 +2,12 @@
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
+
+_refused: ContextVar[list[str] | None] = ContextVar("refused", default=None)
 
 
 class InputError(ValueError):
@@ -19,6 +23,28 @@ class RunError(RuntimeError):
 
     The message says what happened where and how to go on. The `bigmodels` command prints it in place of a traceback.
     """
+
+
+def refuse(message: str) -> None:
+    """Raise an InputError; under `noting_refusals` note it, and return: the caller goes on without what is wrong.
+
+    For faults of single rows and files, of which a check is to tell all and a run the first.
+    """
+    refused = _refused.get()
+    if refused is None:
+        raise InputError(message)
+    refused.append(message)
+
+
+@contextmanager
+def noting_refusals() -> Iterator[list[str]]:
+    """Let `refuse` return, and hand out the list to which it adds."""
+    noted: list[str] = []
+    token = _refused.set(noted)
+    try:
+        yield noted
+    finally:
+        _refused.reset(token)
 
 
 def near(name: str, known: Iterable[str]) -> str:

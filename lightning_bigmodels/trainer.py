@@ -11,6 +11,8 @@ from typing_extensions import override
 
 from lightning_bigmodels.batch_size import find_batch_size
 from lightning_bigmodels.callbacks.explain import Explainer, explain_predictions
+from lightning_bigmodels.data.check import Inspector
+from lightning_bigmodels.data.check_report import check_output, summary, tally, write_report
 from lightning_bigmodels.errors import InputError, RunError
 from lightning_bigmodels.export import export, unsupported
 from lightning_bigmodels.exportable import Format
@@ -176,6 +178,45 @@ class Trainer(pl.Trainer):
             raise InputError(f"{name} given, and prepare knows Text; name a recipe with --config, or --data Text")
         cores = len(os.sched_getaffinity(0))
         datamodule.write_shards(output, shard_bytes, cores if num_workers is None else num_workers)
+
+    def check(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        output: str | None = None,
+        num_workers: int | None = None,
+    ) -> None:
+        """Read every file of the training, validation and test data, and tell all that is wrong with them.
+
+        Errors are files that cannot be read, copies in training and another part (a leak), classes without training
+        examples, and what else a run would refuse; with them the command ends with code 1. Warnings are copies within a
+        part (of equal bytes), copies with different labels, empty documents, and classes of which one has more than ten
+        times the examples of another. The first few of each kind are printed.
+
+        Args:
+            model: Not used.
+            datamodule: The data, as a recipe or --data describes them.
+            output: A file for the whole list, which ends in .csv or .jsonl.
+            num_workers: Processes that read files; 0 is none but this one, null is one for each core.
+
+        Raises:
+            InputError: there are no such data.
+            RunError: there are errors in them.
+        """
+        if datamodule is None or not hasattr(datamodule, "inspect"):
+            name = "no data is named" if datamodule is None else f"check cannot read {type(datamodule).__name__}"
+            raise InputError(f"{name}; name a recipe with --config (see: bigmodels recipes) or --data CLASS")
+        check_output(output)
+        inspector = Inspector(len(os.sched_getaffinity(0)) if num_workers is None else num_workers)
+        datamodule.inspect(inspector)
+        findings = inspector.findings()
+        print("\n".join(summary(inspector, findings)))
+        if output is not None:
+            write_report(Path(output), findings)
+        told = tally(findings) if output is None else f"{tally(findings)}, listed in {output}"
+        if any(finding.level == "error" for finding in findings):
+            raise RunError(f"the data have {told}; mend the errors before a run")
+        print(told)
 
     def batch_size(
         self,

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_bigmodels.data.check import Inspector
 from lightning_bigmodels.data.loader_processes import outlive_sigterm
 from lightning_bigmodels.data.loading import EvaluationSampler, ResumableDataLoader, ResumableSampler, identity
 from lightning_bigmodels.errors import InputError
@@ -43,6 +44,14 @@ class DataModule(pl.LightningDataModule, ABC):
     @abstractmethod
     def num_train_samples(self) -> int:
         """Samples of an epoch over all processes, known after `setup`."""
+
+    def inspect(self, inspector: Inspector) -> None:
+        """Hand the files of all parts to `bigmodels check`, and what the run would refuse before it reads them.
+
+        Raises:
+            InputError: this data type cannot be checked, or nothing of it can be found.
+        """
+        raise InputError(f"check does not know how to read {type(self).__name__}; give it data of this package")
 
     @property
     def num_train_batches(self) -> int:

@@ -1,25 +1,19 @@
 """Sources of text: what a name stands for, and its documents one after another."""
 
-import gzip
 import hashlib
-import io
-import json
 import platform
 import re
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from lightning_bigmodels.data.text_files import SUFFIXES, checked, kind, read_file
 from lightning_bigmodels.errors import InputError, near, require
 
 PARTS = ("train", "val", "test")
 PYTHON_DOCS = "python-docs"
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-COMPRESSIONS = (".gz", ".zst")
 
 
 class Corpus:
@@ -63,13 +57,28 @@ class Corpus:
             InputError: a source cannot be read; the message names the file and the line, row or byte.
         """
         for name in self.names:
-            if name == PYTHON_DOCS:
-                yield from _python_docs()
-            elif name.startswith("hub:"):
-                yield from _hub_rows(name, self._hub_dataset(name), self.column)
-            else:
-                for path in expand(name):
-                    yield from read_file(path, self.column, self.encoding)
+            yield from self.of(name)
+
+    def of(self, name: str) -> Iterator[str]:
+        """Yield the documents of one source."""
+        if name == PYTHON_DOCS:
+            yield from _python_docs()
+        elif name.startswith("hub:"):
+            yield from _hub_rows(name, self._hub_dataset(name), self.column)
+        else:
+            for path in expand(name):
+                yield from read_file(path, self.column, self.encoding)
+
+    def files(self) -> list[str | Path]:
+        """Return the files, and the names of those sources that have none.
+
+        Raises:
+            InputError: a source is not there.
+        """
+        found: list[str | Path] = []
+        for name in self.names:
+            found += [name] if name == PYTHON_DOCS or name.startswith("hub:") else expand(name)
+        return found
 
     def _hub_dataset(self, name: str) -> Any:
         if name not in self._hub_datasets:
@@ -124,19 +133,6 @@ class TextParts:
         return {"train": (0, test), "test": (test, val), "val": (val, total)}
 
 
-def read_file(path: Path, column: str, encoding: str) -> Iterator[str]:
-    """Yield a file's documents: one per row of `.jsonl` and `.parquet`, else the whole file."""
-    kind = _kind(path)
-    if kind == ".parquet":
-        yield from _parquet_rows(path, column)
-        return
-    with _reading(path), _open(path) as stream:
-        if kind == ".jsonl":
-            yield from _json_rows(path, stream, column, encoding)
-        else:
-            yield _decode(stream.read(), str(path), 0, encoding)
-
-
 def read_prompts(path: Path, encoding: str) -> list[str]:
     """Return the lines of a text file that are not blank, or the column `prompt` of a `.jsonl` file.
 
@@ -146,7 +142,7 @@ def read_prompts(path: Path, encoding: str) -> list[str]:
     if not path.is_file():
         raise InputError(f"prompts: {path} is not a file; give a text file with one prompt per line, or a .jsonl file")
     documents = read_file(path, "prompt", encoding)
-    if _kind(path) == ".jsonl":
+    if kind(path) == ".jsonl":
         prompts = list(documents)
     else:
         lines = (line for document in documents for line in re.split(r"\r?\n", document))
@@ -194,12 +190,6 @@ def _python_docs() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _kind(path: Path) -> str:
-    """Return the suffix that decides how a file is read, without its compression."""
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
-
-
 def expand(name: str) -> list[Path]:
     """Return the files that a path, folder or glob stands for, sorted."""
     path = Path(name).expanduser()
@@ -208,7 +198,7 @@ def expand(name: str) -> list[Path]:
             raise InputError(f"{path} is empty; give a file that holds text")
         return [path]
     if path.is_dir():
-        found = [file for file in path.rglob("*") if _kind(file) in SUFFIXES and not _hidden(file.relative_to(path))]
+        found = [file for file in path.rglob("*") if kind(file) in SUFFIXES and not _hidden(file.relative_to(path))]
         remedy = f"put files with the suffixes {', '.join(SUFFIXES)} into it, or name its files one by one"
     elif any(character in name for character in "*?["):
         root = Path(path.anchor)
@@ -232,110 +222,6 @@ def _near_source(name: str, path: Path) -> str:
     return hint if "did you mean" in hint else ""
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn the failures of streams into a message that names the file."""
-    try:
-        yield
-    except (EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read: {error}; it is damaged or cut short: fetch it again") from error
-
-
-def _open(path: Path) -> IO[bytes]:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(path))
-    if suffix == ".zst":
-        return io.BufferedReader(_ZstdStream(path))
-    return path.open("rb")
-
-
-class _ZstdStream(io.RawIOBase):
-    """Reads Zstandard frames and, unlike zstandard's own stream reader, complains when the last one is cut short."""
-
-    def __init__(self, path: Path) -> None:
-        self._zstandard = require("zstandard", extra="zstd")
-        self._file = path.open("rb")
-        self._frame: Any = None
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            chunk = b"" if self._frame is None or not self._frame.eof else self._frame.unused_data
-            chunk = chunk or self._file.read(1 << 20)
-            if not chunk:
-                if self._frame is not None and not self._frame.eof:
-                    raise EOFError("the compressed file ended before its end-of-stream marker was reached")
-                return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
-            try:
-                self._ready = self._frame.decompress(chunk)
-            except self._zstandard.ZstdError as error:
-                raise OSError(str(error)) from error
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
-
-
-def _decode(data: bytes, place: str, offset: int, encoding: str) -> str:
-    """Decode strictly; `offset` is where `data` lies in the (uncompressed) file."""
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{place}: byte {offset + error.start} (0x{data[error.start]:02x}) of the file is not {encoding}; convert "
-            "it to UTF-8 or set `encoding`, for example to latin-1"
-        ) from error
-
-
-def _json_rows(path: Path, stream: IO[bytes], column: str, encoding: str) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(stream, start=1):
-        place = f"{path}, line {number}"
-        text = _decode(line, place, offset, encoding)
-        offset += len(line)
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{place}: {error.msg} at column {error.colno}; write one JSON object per line") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{place}: a {type(row).__name__}, not an object; write one JSON object per line")
-        if column not in row:
-            raise InputError(f"{place}: no column {column!r}{near(column, row)}; set `column` to the one with the text")
-        yield _checked(row[column], place, column)
-
-
-def _parquet_rows(path: Path, column: str) -> Iterator[str]:
-    require("pyarrow", extra="parquet")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise InputError(
-                    f"{path}: no column {column!r}{near(column, names)}; set `column` to the one with the text"
-                )
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    yield _checked(value, f"{path}, row {number}", column)
-                    number += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a readable Parquet file: {error}; fetch or write it again") from error
-
-
 def _load_hub(name: str) -> Any:
     """Load `hub:<name>[:<configuration>][@<split>]`."""
     datasets = require("datasets", extra="hub")
@@ -357,18 +243,5 @@ def _hub_rows(name: str, dataset: Any, column: str) -> Iterator[str]:
     number = 0
     for batch in dataset.select_columns([column]).iter(batch_size=1024):
         for value in batch[column]:
-            yield _checked(value, f"{name}, row {number}", column)
+            yield checked(value, f"{name}, row {number}", column)
             number += 1
-
-
-def _checked(value: Any, place: str, column: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{place}: column {column!r} holds {value!r:.80}, not a string; mend or remove the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{place}: column {column!r} holds half a surrogate pair ({value[error.start]!a}) at character "
-            f"{error.start}; mend or remove the row"
-        ) from error
-    return value

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_bigmodels.data.batches import EvaluationTokenBatch
+from lightning_bigmodels.data.check import Inspector
 from lightning_bigmodels.data.datamodule import DataModule, check_at_least
 from lightning_bigmodels.data.loading import ResumableDataLoader
 from lightning_bigmodels.data.preparation import prepare_shards
@@ -21,6 +22,7 @@ from lightning_bigmodels.data.shards import Preparation
 from lightning_bigmodels.data.sources import Corpus, TextParts, read_prompts
 from lightning_bigmodels.data.stores import open_store
 from lightning_bigmodels.data.streaming import ShardBlocks, ShardSampler
+from lightning_bigmodels.data.text_inspection import inspect_text
 from lightning_bigmodels.data.token_blocks import BlockSampler, EvaluationWindows, TrainBlocks
 from lightning_bigmodels.data.token_cache import TokenCache, default_cache_dir, prepare
 from lightning_bigmodels.data.tokenizer import MIN_VOCAB_SIZE, load_tokenizer, same_tokenizer
@@ -222,6 +224,16 @@ class Text(DataModule):
         prepare_shards(
             self.text, tokenizer, self.vocab_size, output, self.cache_dir, shard_bytes, num_workers, rank_zero_info
         )
+
+    def inspect(self, inspector: Inspector) -> None:
+        """Hand the documents of all parts to `bigmodels check`.
+
+        Raises:
+            InputError: a source is not there, or the text is that of `shards`.
+        """
+        if self.shards is not None:
+            raise InputError("data.shards is set, and check reads data.sources; leave data.shards out")
+        inspect_text(self.text, inspector)
 
     def example_batch(self, batch_size: int) -> EvaluationTokenBatch:
         """Return random tokens below `vocab_size`, four bytes each."""

@@ -78,7 +78,7 @@ def test_another_encoding(tmp_path):
     file.write_bytes("café".encode("latin-1"))
     assert read(file, encoding="latin-1") == ["café"]
     with pytest.raises(
-        InputError, match=r"a\.txt: byte 3 \(0xe9\) of the file is not utf-8; convert it to UTF-8 or set"
+        InputError, match=r"a\.txt, line 1: byte 3 \(0xe9\) of the file is not utf-8; convert it to UTF-8 or set"
     ):
         read(file)
     (tmp_path / "b.jsonl").write_bytes(jsonl(["ok"]) + b'{"text": "caf\xe9"}\n')

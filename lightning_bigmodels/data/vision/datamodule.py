@@ -8,12 +8,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_bigmodels.data.check import Inspector
 from lightning_bigmodels.data.datamodule import DataModule
 from lightning_bigmodels.data.loading import EpochSampler, ResumableDataLoader
 from lightning_bigmodels.data.vision.examples import Examples, OnError
-from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.data.vision.inspection import ExamplesReader
+from lightning_bigmodels.errors import InputError, noting_refusals
 
 SKIPPED_FILE = "skipped_files.txt"
+PARTS = ("train", "val", "test")
 
 
 class VisionData(DataModule, ABC):
@@ -85,6 +88,30 @@ class VisionData(DataModule, ABC):
     def part_remedy(self, name: str) -> str:
         """Return how the user gives the part that is missing."""
         return f"name its files or a {name}_fraction above 0"
+
+    @override
+    def inspect(self, inspector: Inspector) -> None:
+        given, self.on_error = self.on_error, "skip"  # what a file lacks is told when it is read
+        missing: InputError | None = None
+        try:
+            with noting_refusals() as refused:
+                for stage in ("fit", "test"):
+                    try:
+                        self.parts |= self.make_parts(stage)
+                    except InputError as error:
+                        missing = error
+                        refused.append(str(error))
+        finally:
+            self.on_error = given
+        if missing is not None and not self.parts:
+            raise missing
+        for message in dict.fromkeys(refused):
+            inspector.note("error", "setup", message)
+        inspector.class_names = list(getattr(self, "class_names", ()))
+        for name in PARTS:
+            if name in self.parts:
+                reader = ExamplesReader(self.parts[name])
+                inspector.take(name, reader, inspector.read(reader, name), left_out=given == "skip")
 
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

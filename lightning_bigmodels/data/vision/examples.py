@@ -71,6 +71,14 @@ class Examples(Dataset[Any], ABC, Generic[Example]):
         """Return the names of the classes that an example shows, without reading pixels; none where it has none."""
         return []
 
+    def shown(self, index: int, example: Example) -> list[str]:
+        """Return the names of the classes that an example shows, now that it was read; one for each object."""
+        return self.classes(index)
+
+    def distinct(self) -> Sequence[int]:
+        """Return an index of each file: all of them, unless several examples are made of one file."""
+        return range(len(self))
+
     def digest(self, index: int) -> str:
         """Return a hash of what the example's file holds, equal for copies."""
         return hashlib.blake2b(Path(self.name(index)).read_bytes(), digest_size=16).hexdigest()

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_bigmodels.data.vision.pictures import Pictures
-from lightning_bigmodels.errors import InputError, near
+from lightning_bigmodels.errors import InputError, near, refuse
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def check_classes(part: Labelled, where: str) -> None:
     empty = [name for name, count in zip(part.class_names, part.counts(), strict=True) if count == 0]
     if empty:
         names = ", ".join(repr(name) for name in empty[:5])
-        raise InputError(f"{where}: no training example of class {names}; add some, or remove the class from the data")
+        refuse(f"{where}: no training example of class {names}; add some, or remove the class from the data")
     if len(part.class_names) < 2 and not part.multi_label:
-        raise InputError(f"{where} holds one class only, {part.class_names[0]!r}; a classifier needs two or more")
+        refuse(f"{where} holds one class only, {part.class_names[0]!r}; a classifier needs two or more")
 
 
 def with_classes_of(train: Labelled, part: Labelled, name: str) -> Labelled:
@@ -121,10 +121,12 @@ def with_classes_of(train: Labelled, part: Labelled, name: str) -> Labelled:
         if class_name not in places:
             column = part.labels[:, number] if part.multi_label else part.labels == number
             row = int(part.rows[int(np.flatnonzero(column)[0])])
-            raise InputError(
+            refuse(
                 f"{part.pictures.name(row)} of the {name} part has the class {class_name!r}, which no training example "
                 f"has{near(class_name, places)}; correct the label or add training examples"
             )
+            if not part.multi_label:
+                part = part.take(np.flatnonzero(part.labels != number))
     if part.multi_label:
         labels = np.zeros((len(part), len(train.class_names)), dtype=np.bool_)
         for number, class_name in enumerate(part.class_names):

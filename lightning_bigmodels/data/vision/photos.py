@@ -93,6 +93,10 @@ class TrainingCrops(Examples[Pair]):
         return str(self.files[index // self.crops_per_photo])
 
     @override
+    def distinct(self) -> Sequence[int]:
+        return range(0, len(self), self.crops_per_photo)
+
+    @override
     def read(self, index: int) -> Pair:
         number = index // self.crops_per_photo
         if number in self._cache:

@@ -5,7 +5,7 @@ from pathlib import Path
 from lightning_bigmodels.data.vision.files import SUFFIXES, picture_files
 from lightning_bigmodels.data.vision.labelled import Labelled, labelled
 from lightning_bigmodels.data.vision.pictures import FilePictures
-from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.errors import InputError, refuse
 
 PART_FOLDERS = {
     "train": "train",
@@ -40,18 +40,17 @@ def _one_part(folder: Path) -> Labelled:
     files = picture_files(folder)
     loose = [path for path in files if path.parent == folder]
     if not inner:
-        return labelled(FilePictures(files), [_name_of(path) for path in files])
+        named = {path: name for path in files if (name := _name_of(path))}
+        return labelled(FilePictures(list(named)), list(named.values()))
     if loose:
         raise InputError(
             f"{folder} holds pictures ({loose[0].name}) beside folders ({inner[0].name}); move every picture into the "
             f"folder of its class, or remove the folders"
         )
     names = [path.relative_to(folder).parts[0] for path in files]
-    empty = [path for path in inner if path.name not in set(names)]
-    if empty:
-        raise InputError(
-            f"{empty[0]} holds no picture ({', '.join(SUFFIXES)}): its class has no example; add some or remove the "
-            f"folder"
+    for empty in [path for path in inner if path.name not in set(names)]:
+        refuse(
+            f"{empty} holds no picture ({', '.join(SUFFIXES)}): its class has no example; add some or remove the folder"
         )
     return labelled(FilePictures(files), names)
 
@@ -59,5 +58,5 @@ def _one_part(folder: Path) -> Labelled:
 def _name_of(path: Path) -> str:
     name = path.name.partition(".")[0]
     if not name:
-        raise InputError(f"{path}: no label before the first dot of its name; call it LABEL.jpg or LABEL.NUMBER.jpg")
+        refuse(f"{path}: no label before the first dot of its name; call it LABEL.jpg or LABEL.NUMBER.jpg")
     return name

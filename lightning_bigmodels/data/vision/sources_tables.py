@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lightning_bigmodels.data.vision.labelled import Labelled, labelled, sorted_names
 from lightning_bigmodels.data.vision.pictures import FilePictures, Pictures
 from lightning_bigmodels.data.vision.sources_folders import PART_FOLDERS
-from lightning_bigmodels.errors import InputError, near, require
+from lightning_bigmodels.errors import InputError, near, refuse, require
 
 _ONES = {"1", "1.0", "true"}
 _ZEROS = {"0", "0.0", "false"}
@@ -82,9 +82,9 @@ class Table:
             InputError: there is no such column, or an empty value in it.
         """
         values = ["" if value is None else str(value).strip() for value in self.column(name, setting)]
-        if "" in values:
-            row = values.index("")
-            raise InputError(f"{self.place(row)}: column {name!r} is empty; fill it in or remove the row")
+        for row, value in enumerate(values):
+            if not value:
+                refuse(f"{self.place(row)}: column {name!r} is empty; fill it in or remove the row")
         return values
 
 
@@ -119,7 +119,7 @@ def _read_csv(path: Path) -> Table:
             if header is None:
                 header = [value.strip() for value in row]
             elif len(row) != len(header):
-                raise InputError(
+                refuse(
                     f"{path}, line {reader.line_num}: {len(row)} values where the first line names {len(header)} "
                     f"columns; correct the line (a value with a {delimiter!r} in it needs quotes)"
                 )
@@ -208,7 +208,8 @@ def _parts(table: Table, split: str | None) -> dict[str, NDArray[np.int64]]:
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(table.texts(split, "data.split_column")):
         if name.lower() not in PART_FOLDERS:
-            raise InputError(f"{table.place(row)}: column {split!r} holds {name!r}; write train, val or test")
+            refuse(f"{table.place(row)}: column {split!r} holds {name!r}; write train, val or test")
+            continue
         rows.setdefault(PART_FOLDERS[name.lower()], []).append(row)
     if "train" not in rows:
         raise InputError(f"{table.name}: no row has train in column {split!r}; name the training examples so")
@@ -219,7 +220,7 @@ def _zeros_and_ones(table: Table, name: str) -> NDArray[np.bool_]:
     values = [value.lower() for value in table.texts(name, "data.label_column")]
     for row, value in enumerate(values):
         if value not in _ONES | _ZEROS:
-            raise InputError(
+            refuse(
                 f"{table.place(row)}: column {name!r} holds {value!r}; write 1 for a picture that shows {name}, else 0"
             )
     return np.array([value in _ONES for value in values])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]  # Lightning brings it
+from tqdm import tqdm
 
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.networks.tiles import Tiling, enlarge_in_bands, enlarge_whole, num_tiles
