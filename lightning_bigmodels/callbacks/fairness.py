@@ -196,7 +196,10 @@ class Fairness(Callback):
 
     def _count(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any) -> None:
         if not isinstance(outputs, dict) or "probabilities" not in outputs:
-            raise InputError(f"{type(module).__name__} gives no probabilities of classes; remove the callback Fairness")
+            raise InputError(
+                f"{type(module).__name__} gives no probabilities of classes, by which groups are judged; leave out "
+                f"data.group_column, or the callback Fairness"
+            )
         probabilities, labels, groups = outputs["probabilities"], batch["labels"], batch["groups"]
         num_classes = probabilities.shape[1]
         if self._metric is None:
