@@ -13,10 +13,12 @@ from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
     MulticlassF1Score,
+    MulticlassStatScores,
     MultilabelAccuracy,
     MultilabelAveragePrecision,
     MultilabelExactMatch,
     MultilabelF1Score,
+    MultilabelStatScores,
 )
 from typing_extensions import override
 
@@ -95,6 +97,13 @@ class Classification(Task):
         self.label_smoothing = label_smoothing
         self.class_weights = None if class_weights is None else tuple(class_weights)
         self.class_names: list[str] | None = None
+        scores = (
+            MultilabelStatScores(num_labels=num_classes, average=None)
+            if multi_label
+            else MulticlassStatScores(num_classes=num_classes, average=None)
+        )
+        self.class_scores: Metric = scores
+        self._table: list[tuple[str, ...]] = []
         self.metrics = nn.ModuleDict({phase: self._metrics(phase) for phase in ("val", "test")})
 
     @abstractmethod
@@ -165,13 +174,15 @@ class Classification(Task):
         metrics = self.metrics[phase]
         assert isinstance(metrics, MetricCollection)
         metrics[f"{phase}_loss"].update(losses, weights)
-        targets = labels.long() if self.multi_label else labels
+        # torchmetrics' exact match would count what it is told to ignore
+        counted = labels[:, 0] != IGNORED if self.multi_label else labels != IGNORED
+        found, targets = probabilities[counted], labels[counted].long()
         for name, metric in metrics.items(copy_state=False):
             if name == f"{phase}_calibration_error" and self.multi_label:
-                counted = targets.flatten() != IGNORED
-                metric.update(probabilities.flatten()[counted], targets.flatten()[counted])
+                metric.update(found.flatten(), targets.flatten())
             elif name != f"{phase}_loss":
-                metric.update(probabilities, targets)
+                metric.update(found, targets)
+        self.class_scores.update(found, targets)
         shown = dict(metrics.items(copy_state=False))
         self.log_dict(shown, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(labels))
         loss = losses.sum() / weights.sum().clamp(min=1)
@@ -189,8 +200,28 @@ class Classification(Task):
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:  # type: ignore[override]
         return self._evaluate("test", batch)[1]
 
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self.class_scores.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        scores = self.class_scores.compute().tolist()  # (K, 5); every process takes part
+        self._table = [
+            (self.class_name(i), *_rates(true, false, count), str(count))
+            for i, (true, false, _, _, count) in enumerate(scores)
+        ]
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def class_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return heads and rows of the last evaluation's table: precision, recall, F1 and examples of each class."""
+        return ("class", "precision", "recall", "f1", "support"), self._table
+
     def _metrics(self, phase: str) -> MetricCollection:
-        count: dict[str, Any] = {"ignore_index": IGNORED}
+        count: dict[str, Any] = {}
         found: dict[str, Metric | MetricCollection] = {"loss": MeanLoss()}
         if self.multi_label:
             count["num_labels"] = self.num_classes
@@ -198,7 +229,7 @@ class Classification(Task):
             found["exact_match"] = MultilabelExactMatch(**count)
             found["macro_f1"] = MultilabelF1Score(average="macro", **count)
             found["average_precision"] = MultilabelAveragePrecision(**count)
-            found["calibration_error"] = BinaryCalibrationError(ignore_index=IGNORED)
+            found["calibration_error"] = BinaryCalibrationError()
         else:
             count["num_classes"] = self.num_classes
             found["accuracy"] = MulticlassAccuracy(average="micro", **count)
@@ -276,6 +307,13 @@ class Classification(Task):
             row |= {"label": names[best], "probability": own[best]}
             rows.append({**row, "probabilities": dict(zip(names, own, strict=True))})
         return rows
+
+
+def _rates(true: int, false: int, count: int) -> tuple[str, str, str]:
+    """Return precision, recall and F1 of true and false positives among so many examples; - where there is none."""
+    rates = ((true, true + false), (true, count), (2 * true, true + false + count))
+    precision, recall, f1 = (f"{part / whole:.4f}" if whole else "-" for part, whole in rates)
+    return precision, recall, f1
 
 
 def _multi_label_losses(

@@ -267,12 +267,12 @@ class ImageClassifier(FineTuning, Classification):
         rows, *shape = self._batch_shape
         key = tuple(shape)
         if key not in self._flops:
-            with torch.device("meta"):
-                network = self._random_network()
-            # two, since batch norm cannot be trained on one
-            pixels = torch.zeros(2, *shape, dtype=torch.uint8, device="meta")
-            with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-                found = network(pixels)
+            # the monitor that asks does so without gradients
+            with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+                with torch.device("meta"):
+                    network = self._random_network()
+                # two, since batch norm cannot be trained on one
+                found = network(torch.zeros(2, *shape, dtype=torch.uint8, device="meta"))
                 outputs = [found] if isinstance(found, Tensor) else [x for x in found if x is not None]
                 torch.stack([output.sum() for output in outputs]).sum().backward()
             self._flops[key] = counter.get_total_flops() // 2
