@@ -5,15 +5,45 @@ from typing import TYPE_CHECKING
 from lightning_bigmodels.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from lightning_bigmodels.data import Images, Text
-    from lightning_bigmodels.modules import CausalLanguageModel, ImageClassifier
+    from lightning_bigmodels.data import DetectionImages, Images, SegmentationImages, SuperResolutionImages, Text
+    from lightning_bigmodels.modules import (
+        CausalLanguageModel,
+        ImageClassifier,
+        ImageSegmenter,
+        ObjectDetector,
+        SuperResolver,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["CausalLanguageModel", "ImageClassifier", "Images", "Text", "__version__"]
+__all__ = [
+    "CausalLanguageModel",
+    "DetectionImages",
+    "ImageClassifier",
+    "ImageSegmenter",
+    "Images",
+    "ObjectDetector",
+    "SegmentationImages",
+    "SuperResolutionImages",
+    "SuperResolver",
+    "Text",
+    "__version__",
+]
 
 # `bigmodels --help` must not wait for torch
 __getattr__ = lazy_names(
-    __name__, {"CausalLanguageModel": "modules", "ImageClassifier": "modules", "Images": "data", "Text": "data"}
+    __name__,
+    {
+        "ObjectDetector": "modules",
+        "DetectionImages": "data",
+        "CausalLanguageModel": "modules",
+        "ImageClassifier": "modules",
+        "ImageSegmenter": "modules",
+        "Images": "data",
+        "SegmentationImages": "data",
+        "SuperResolutionImages": "data",
+        "SuperResolver": "modules",
+        "Text": "data",
+    },
 )
 
 

@@ -29,6 +29,10 @@ from tests.workers import run_on
 
 # the full-size network of each recipe; a recipe that discovery misses, or one without its entry here, is an error
 PARAMETERS = {
+    "detection/digits": 591_216,
+    "detection/fasterrcnn_coco": 41_704_036,
+    "image/quickstart": 65_354,
+    "super_resolution/edsr_x2": 195_971,
     "text/gpt_shakespeare": 4_339_200,
     "text/llama_8b": 8_030_261_248,
     "text/quickstart": 2_558_144,
