@@ -2,6 +2,8 @@
 
 from lightning_bigmodels.callbacks.bad_numbers import BadNumbers
 from lightning_bigmodels.callbacks.class_table import ClassTable
+from lightning_bigmodels.callbacks.confident_mistakes import ConfidentMistakes
+from lightning_bigmodels.callbacks.confusion_matrix import ConfusionMatrix
 from lightning_bigmodels.callbacks.explain import Explain
 from lightning_bigmodels.callbacks.fairness import Fairness
 from lightning_bigmodels.callbacks.predictions import PredictionWriter
@@ -11,10 +13,13 @@ from lightning_bigmodels.callbacks.run_summary import RunSummary
 from lightning_bigmodels.callbacks.samples import Samples
 from lightning_bigmodels.callbacks.throughput import Throughput
 from lightning_bigmodels.callbacks.validation_pictures import ValidationPictures
+from lightning_bigmodels.callbacks.weight_average import WeightAverage
 
 __all__ = [
     "BadNumbers",
     "ClassTable",
+    "ConfidentMistakes",
+    "ConfusionMatrix",
     "Explain",
     "Fairness",
     "PredictionWriter",
@@ -24,4 +29,5 @@ __all__ = [
     "Samples",
     "Throughput",
     "ValidationPictures",
+    "WeightAverage",
 ]
