@@ -119,6 +119,8 @@ def check_weights(network: nn.Module, folder: Path) -> None:
 
 def describe(exportable: Exportable, tried: Sequence[Trial]) -> dict[str, Any]:
     """Return as plain values what inputs and outputs are, versions, and what the task has to say."""
+    if not tried:
+        return {**exportable.description, "versions": _versions()}
     inputs = zip(*(trial.inputs for trial in tried), strict=True)
     outputs = zip(*(trial.outputs for trial in tried), strict=True)
     lengths = [trial.lengths for trial in tried]
@@ -128,11 +130,15 @@ def describe(exportable: Exportable, tried: Sequence[Trial]) -> dict[str, Any]:
         **exportable.description,
         "inputs": tensors[: len(exportable.inputs)],
         "outputs": tensors[len(exportable.inputs) :],
-        "versions": {
-            "python": platform.python_version(),
-            "lightning_bigmodels": version("lightning-bigmodels"),
-            "torch": version("torch"),
-        },
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "lightning_bigmodels": version("lightning-bigmodels"),
+        "torch": version("torch"),
     }
 
 
@@ -144,11 +150,11 @@ def _tensor(name: str, several: Sequence[Tensor], lengths: Sequence[dict[str, in
 
 def _axis(found: Sequence[int], lengths: Sequence[dict[str, int]]) -> int | str:
     """Return an axis's length: a number, the name of a free axis or a multiple of one, or `any`."""
-    if len(set(found)) == 1 and len(found) > 1:
+    if len(set(found)) == 1:
         return found[0]
-    for name, length in lengths[0].items():
-        factor = found[0] // length
-        if factor and all(here == factor * own[name] for here, own in zip(found, lengths, strict=True)):
+    factors = {name: found[0] // length for name, length in lengths[0].items()}
+    for name, factor in sorted(factors.items(), key=lambda item: item[1]):
+        if all(here == factor * own[name] for here, own in zip(found, lengths, strict=True)):
             return name if factor == 1 else f"{factor} * {name}"
     return "any"
 

@@ -191,6 +191,15 @@ def test_formats_are_chosen(classifier, tmp_path, formats, files):
         load_exported(folder, missing)
 
 
+def test_weights_alone_are_not_run(tmp_path):
+    module = Classifier()
+    module.changes = {"network": Undecided()}
+    folder = export(module, tmp_path / "out", ["weights"])
+    described = json.loads((folder / "description.json").read_text(encoding="utf-8"))
+    assert described["class_names"]
+    assert not {"inputs", "outputs"} & described.keys()
+
+
 def test_a_format_that_cannot_hold_the_network_is_left_out_with_its_reason(tmp_path):
     module = Classifier()
     module.changes = {"unsupported": {"onnx": "ONNX has no such operator"}}
@@ -302,4 +311,18 @@ def test_a_network_that_returns_no_tuple_is_refused(tmp_path):
     module = Classifier()
     module.changes = {"network": module.network}
     with pytest.raises(TypeError, match="returns a tuple of 1 tensors, not tensor"):
-        export(module, tmp_path / "out", ["weights"])
+        export(module, tmp_path / "out", ["torch"])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "found", "axis"),
+    [
+        ([{"batch": 1, "height": 48}, {"batch": 2, "height": 96}], (96, 192), "2 * height"),
+        ([{"batch": 2}, {"batch": 3}, {"batch": 1}], (2, 3, 1), "batch"),
+        ([{"batch": 2}, {"batch": 3}], (10, 10), 10),
+        ([{"batch": 2}, {"batch": 3}], (4, 7), "any"),
+        ([{}], (4,), 4),
+    ],
+)
+def test_the_names_of_axes_are_found(lengths, found, axis):
+    assert export_comparison._axis(found, lengths) == axis
