@@ -29,7 +29,7 @@ def photos(tmp_path, monkeypatch):
 def check(capsys, *more):
     code = main(["check", "--data", "Images", "--data.source", "photos", "--num_workers", "0", *more])
     output = capsys.readouterr()
-    return code, output.out, [line for line in output.err.splitlines() if "Seed set" not in line]
+    return code, output.out, [line for line in output.err.splitlines() if line.startswith("bigmodels:")]
 
 
 def test_clean_data_end_with_code_zero(photos, capsys):
@@ -123,3 +123,32 @@ def test_many_classes_fit_on_a_screen(tmp_path, monkeypatch, capsys):
     assert code == 0
     assert "30 classes, in training from 2 (class_29) to 3 (class_07) examples" in out
     assert len(out.splitlines()) < 12
+
+
+def test_every_bad_box_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        write_jpeg(torch.full((3, 16, 16), 50 * number, dtype=torch.uint8), f"{number}.jpg")
+    Path("1.jpg").write_bytes(Path("1.jpg").read_bytes()[:200])
+    lines = ["0.jpg,1,1,9,9,cat", "0.jpg,9,1,1,9,cat", "0.jpg,2,2,99,9,cat", "1.jpg,0,0,4,4,dog", "2.jpg,0,0,4,4,cat"]
+    Path("boxes.csv").write_text("\n".join(["image_path,xmin,ymin,xmax,ymax,label", *lines]) + "\n")
+    columns = "[image_path,xmin,ymin,xmax,ymax,label]"
+    flags = ["--data.source", "boxes.csv", "--data.val_fraction", "0", "--data.csv_columns", columns]
+    code = main(["check", "--data", "DetectionImages", *flags])
+    out = capsys.readouterr().out
+    assert code == 1
+    assert "boxes.csv, line 3: box [9, 1, 1, 9] of 0.jpg is inverted" in out
+    assert "boxes.csv, line 4: box [2, 2, 99, 9] of 0.jpg lies outside of the picture's 16 x 16 pixels" in out
+    assert "1.jpg is damaged or cut off" in out
+    assert "error: what the run would refuse (2)" in out
+
+
+def test_photos_of_which_crops_are_made_are_read_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for number in range(3):
+        picture = torch.randint(256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        write_jpeg(picture, f"photos/{number}.jpg")
+    flags = ["--data.source", "photos", "--data.crop_size", "8", "--data.val_photos", "[2.jpg]", "--num_workers", "0"]
+    assert main(["check", "--data", "SuperResolutionImages", *flags]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["files          2          1", "", "nothing is wrong"]

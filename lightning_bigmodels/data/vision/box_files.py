@@ -14,7 +14,7 @@ from lightning_bigmodels.data.vision.boxes import (
     check_files,
     picture_size,
 )
-from lightning_bigmodels.errors import InputError, near
+from lightning_bigmodels.errors import InputError, near, refuse
 
 CSV_COLUMNS = ("image_path", "xmin", "ymin", "xmax", "ymax", "label")
 
@@ -81,7 +81,8 @@ def _csv_rows(source: Path, columns: Sequence[str]) -> list[tuple[int, dict[str,
                     )
             for row in reader:
                 if any(row[column] is None for column in columns):
-                    raise InputError(f"{source}, line {reader.line_num}: too few columns; complete or remove the line")
+                    refuse(f"{source}, line {reader.line_num}: too few columns; complete or remove the line")
+                    continue
                 rows.append((reader.line_num, row))
     except csv.Error as error:
         raise InputError(f"{source}, line {reader.line_num}: no CSV ({error}); correct the line") from error
@@ -112,17 +113,23 @@ def read_voc(source: Path, images: Path | None, class_names: Sequence[str] | Non
     if images is None:
         images = folder.parent / "JPEGImages"
         images = images if images.is_dir() else folder
-    parsed = [_parse(file) for file in files]
+    parsed = []
+    for file in files:
+        try:
+            parsed.append((file, *_parse(file)))
+        except InputError as error:
+            refuse(str(error))
     if class_names is None:
-        roots = [root for root, _ in parsed]
+        roots = [root for _, root, _ in parsed]
         class_names = sorted({(name.text or "").strip() for root in roots for name in root.findall("object/name")})
     collector = Collector(class_names, bad_boxes)
     pictures = []
-    for file, (root, lines) in zip(files, parsed, strict=True):
+    for file, root, lines in parsed:
         entry = root.find("filename")
         name = "" if entry is None else (entry.text or "").strip()
         if entry is None or not name:
-            raise InputError(f"{file}, line 1: no <filename>; name the picture there")
+            refuse(f"{file}, line 1: no <filename>; name the picture there")
+            continue
         picture = AnnotatedPicture(images / name, file.stem)
         check_files([picture], file, [f"line {lines[entry]}"])
         picture.height, picture.width = picture_size(picture.file) or (None, None)
@@ -149,7 +156,8 @@ def _listed(source: Path, folder: Path) -> list[Path]:
         if line.split():
             file = folder / f"{line.split()[0]}.xml"
             if not file.is_file():
-                raise InputError(f"{source}, line {number}: there is no {file}; correct or remove the line")
+                refuse(f"{source}, line {number}: there is no {file}; correct or remove the line")
+                continue
             files.append(file)
     return files
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from lightning_bigmodels.errors import InputError, near
+from lightning_bigmodels.errors import InputError, near, refuse
 
 BadBoxes = Literal["error", "drop"]
 _ROUNDING = 1.0
@@ -81,8 +81,6 @@ class Collector:
     """
 
     def __init__(self, class_names: Sequence[str], bad_boxes: BadBoxes = "error") -> None:
-        if bad_boxes not in ("error", "drop"):
-            raise InputError(f"bad_boxes is {bad_boxes!r}; set it to error or drop")
         self.class_names = list(class_names)
         self.bad_boxes = bad_boxes
         self.dropped: list[str] = []
@@ -121,8 +119,9 @@ class Collector:
             shown = ", ".join(str(value) for value in box) if isinstance(box, (list, tuple)) else str(box)
             message = f"{source}, {where}: box [{shown}] of {picture.file.name} {fault}"
             if self.bad_boxes == "error":
-                raise InputError(f"{message}; correct or remove it, or set data.bad_boxes to drop")
-            self.dropped.append(message)
+                refuse(f"{message}; correct or remove it, or set data.bad_boxes to drop")
+            else:
+                self.dropped.append(message)
             return
         left, top, right, bottom = (float(value) for value in box)
         if picture.width is not None and picture.height is not None:
@@ -183,7 +182,7 @@ def check_files(pictures: Sequence[AnnotatedPicture], source: Path, wheres: Sequ
     if missing:
         where, file = missing[0]
         more = f" ({len(missing)} pictures are missing)" if len(missing) > 1 else ""
-        raise InputError(
+        refuse(
             f"{source}, {where}: there is no picture {file}{more}; set data.images to the folder of the pictures or "
             f"remove the entry"
         )

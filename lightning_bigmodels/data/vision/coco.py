@@ -17,7 +17,7 @@ from lightning_bigmodels.data.vision.boxes import (
     Collector,
     check_files,
 )
-from lightning_bigmodels.errors import InputError, require
+from lightning_bigmodels.errors import InputError, refuse, require
 
 
 def read_coco(
@@ -47,19 +47,22 @@ def read_coco(
     for annotation in _entries(source, content, "annotations", ("id", "image_id", "category_id", "bbox")):
         where = f"annotation {annotation['id']}"
         if annotation["id"] in seen:
-            raise InputError(f"{source}, {where}: the id occurs twice; number the annotations anew or remove one")
+            refuse(f"{source}, {where}: the id occurs twice; number the annotations anew or remove one")
+            continue
         seen.add(annotation["id"])
         if annotation["image_id"] not in known:
-            raise InputError(
+            refuse(
                 f"{source}, {where}: there is no image {annotation['image_id']}; add it to images or remove the "
                 f"annotation"
             )
+            continue
         segmentation = annotation.get("segmentation")
         if masks and not _is_outline(segmentation):
-            raise InputError(
+            refuse(
                 f"{source}, {where}: the segmentation is neither polygons of three points or more nor run lengths; "
                 f"correct or remove the annotation, or set data.masks to false"
             )
+            continue
         collector.add(
             known[annotation["image_id"]],
             _corners(annotation["bbox"]),
@@ -97,7 +100,8 @@ def _known_images(source: Path, content: Any, folder: Path) -> dict[Any, Annotat
         where = f"image {image['id']}"
         if image["id"] in known or image["file_name"] in files:
             what = "id" if image["id"] in known else f"file_name {image['file_name']!r}"
-            raise InputError(f"{source}, {where}: the {what} occurs twice; number the images anew or remove one")
+            refuse(f"{source}, {where}: the {what} occurs twice; number the images anew or remove one")
+            continue
         files.add(image["file_name"])
         known[image["id"]] = AnnotatedPicture(
             folder / image["file_name"], image["id"], int(image["height"]), int(image["width"])
