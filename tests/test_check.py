@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.io import write_jpeg
+from torchvision.io import write_jpeg, write_png
 
 from lightning_bigmodels.__main__ import main
 
@@ -152,3 +152,25 @@ def test_photos_of_which_crops_are_made_are_read_once(tmp_path, monkeypatch, cap
     flags = ["--data.source", "photos", "--data.crop_size", "8", "--data.val_photos", "[2.jpg]", "--num_workers", "0"]
     assert main(["check", "--data", "SuperResolutionImages", *flags]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["files          2          1", "", "nothing is wrong"]
+
+
+def test_classes_are_counted_in_masks_and_a_lost_mask_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in range(4):
+        for folder, picture in (("photos", torch.full((3, 8, 8), 9 * number)), ("masks", torch.zeros(1, 8, 8))):
+            Path(folder).mkdir(exist_ok=True)
+            picture[..., :4] += number % 2
+            write_png(picture.to(torch.uint8), f"{folder}/{number}.png")
+    Path("masks/0.png").unlink()
+    flags = ["--data.source", "photos", "--data.masks", "masks", "--data.class_names", "[sky,sea,road]"]
+    code = main(["check", "--data", "SegmentationImages", *flags, "--data.val_fraction", "0", "--num_workers", "0"])
+    out = capsys.readouterr().out
+    assert code == 1
+    assert [line.split() for line in out.splitlines()[1:5]] == [
+        ["files", "4"],
+        ["sky", "3"],
+        ["sea", "2"],
+        ["road", "0"],
+    ]
+    assert "no training example of class 'road'" in out
+    assert "masks/0.png" in out

@@ -161,7 +161,9 @@ class SegmentationImages(VisionData):
         return {"images": images, "masks": masks, "indices": torch.arange(batch_size)}
 
     def _examples(self, pairs: Pairs, with_files: bool = False) -> SegmentedPictures:
-        return SegmentedPictures(pairs, self.transforms, self.channels, self.seed, self.on_error, with_files)
+        return SegmentedPictures(
+            pairs, self.transforms, self.channels, self.seed, self.on_error, with_files, self.class_names
+        )
 
     # ---- from a source's name to its parts
 

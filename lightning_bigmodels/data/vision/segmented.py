@@ -1,5 +1,6 @@
 """Pictures with masks as batches: read, scaled, cut, augmented together, stacked."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ class SegmentedPictures(Examples[SegmentedPicture]):
         seed: With epoch and index it fixes what is drawn for a training example.
         on_error: Whether files that cannot be read end the run, or are left out.
         with_files: Whether batches hold what predictions need to lie on the files' own pictures: names, sizes, regions.
+        class_names: The classes, which a check counts in the masks; empty: it does not.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class SegmentedPictures(Examples[SegmentedPicture]):
         seed: int = 0,
         on_error: OnError = "error",
         with_files: bool = False,
+        class_names: Sequence[str] = (),
     ) -> None:
         super().__init__(seed, on_error)
         self.pairs = pairs
         self.transforms = transforms
         self.channels = channels
         self.with_files = with_files
+        self.class_names = list(class_names)
 
     @override
     def __len__(self) -> int:
@@ -88,6 +92,11 @@ class SegmentedPictures(Examples[SegmentedPicture]):
     @override
     def classes(self, index: int) -> list[str]:
         return self.pairs.classes(index)
+
+    @override
+    def shown(self, index: int, example: SegmentedPicture) -> list[str]:
+        found = example.mask.unique().tolist() if self.class_names else []
+        return [self.class_names[value] for value in found if value != IGNORED]
 
     @override
     def digest(self, index: int) -> str:
