@@ -114,7 +114,12 @@ class DetectionImages(VisionData):
             raise InputError(f"min_box_size is {min_box_size}; set it to 0 or more pixels")
         if class_names is not None and (len(set(class_names)) < len(class_names) or not class_names):
             raise InputError(f"class_names is {class_names}; give each class one name, once")
-        if masks and DIGITS in (source, val_source, test_source):
+        if bad_boxes not in ("error", "drop"):
+            raise InputError(f"bad_boxes is {bad_boxes!r}; set it to error or drop")
+        for name, value in {"val_source": val_source, "test_source": test_source}.items():
+            if DIGITS in (source, value) and value is not None:
+                raise InputError(f"{name} is {value}, and digits has parts of its own; set {name} to null")
+        if masks and source == DIGITS:
             raise InputError("masks is true, and digits has none; set it to false")
         self.source = source
         self.sources = {"train": source, "val": val_source, "test": test_source}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
@@ -40,7 +41,13 @@ class AveragePrecision(MeanAveragePrecision):
     pictures: list[Tensor]
 
     def __init__(self, masks: bool = False) -> None:
-        super().__init__(iou_type=("bbox", "segm") if masks else "bbox", class_metrics=True)
+        super().__init__(
+            iou_type=("bbox", "segm") if masks else "bbox",
+            # torchmetrics' own are float32: an overlap of exactly 0.6 would be too little for 0.60000002
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
+            class_metrics=True,
+        )
         self.warn_on_many_detections = False  # COCO's metric takes the best 100 of each class, and so does this one
         self.masks = masks
         self.add_state("pictures", default=[], dist_reduce_fx=None)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from lightning_bigmodels.errors import InputError, near, refuse
+from lightning_bigmodels.errors import near, refuse
 
 BadBoxes = Literal["error", "drop"]
 _ROUNDING = 1.0
