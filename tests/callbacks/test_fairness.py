@@ -277,7 +277,11 @@ def test_data_and_models_that_do_not_fit_are_refused(trainer):
     refuse("positive_class is 'yess', which is no class; did you mean 'yes'", named, Data(A + B), positive_class="yess")
     silent = ToyData()
     silent.group_names = ["a", "b"]
-    refuse("ToyModel gives no probabilities of classes, by which groups are judged; leave out data.group_column", ToyModel(), silent)
+    refuse(
+        "ToyModel gives no probabilities of classes, by which groups are judged; leave out data.group_column",
+        ToyModel(),
+        silent,
+    )
     with pytest.raises(InputError, match="min_examples is -1; set it to 0 or more"):
         Fairness(min_examples=-1)
 
