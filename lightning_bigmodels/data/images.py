@@ -1,5 +1,6 @@
 """Images with classes: from a source's name to batches of pixels."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,9 @@ class Images(VisionData):
         parts: dict[str, Examples[Any]] = {name: self._examples(part) for name, part in self._labelled.items()}
         if stage == "fit":
             self.transforms.check(self.channels)
+            if "val" not in parts:
+                # Lightning takes no validation loader for an oversight
+                warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
         if stage == "predict":
             part = self._labelled.get("test", self._labelled.get("val"))
             if part is None:
@@ -175,8 +179,7 @@ class Images(VisionData):
         labels = torch.zeros(batch_size, dtype=torch.int64)
         if self.multi_label:
             labels = torch.zeros(batch_size, len(self.class_names))
-        images = pixels.contiguous(memory_format=torch.channels_last)
-        return {"images": images, "labels": labels, "indices": torch.arange(batch_size)}
+        return {"images": pixels, "labels": labels, "indices": torch.arange(batch_size)}
 
     def _read(self) -> dict[str, Labelled]:
         if self.source is None:

@@ -74,8 +74,9 @@ class BarePictures(Examples[ClassifiedPicture]):
     @override
     def collate(self, indices: Tensor, examples: list[ClassifiedPicture]) -> dict[str, Any]:
         first = examples[0].image
-        # decoders write channels innermost, and convolutions read so fastest: no picture is turned round on the way
-        images = torch.empty((len(examples), *first.shape), dtype=torch.uint8, memory_format=torch.channels_last)
+        # Planes, although decoders write channels innermost: a network that wants those turns its batch round on its
+        # device, and in one that does not the gradients would have another layout than the weights.
+        images = torch.empty((len(examples), *first.shape), dtype=torch.uint8)
         for image, example in zip(images, examples, strict=True):
             image.copy_(example.image)
         batch: dict[str, Any] = {"images": images, "labels": self.labels(indices), "indices": indices}

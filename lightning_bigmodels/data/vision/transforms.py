@@ -115,9 +115,8 @@ class Transforms:
         """Return a picture of another size, smoothed where it shrinks."""
         if picture.shape[1:] == size:
             return picture
-        # With channels innermost, as decoders write, the kernel for uint8 is fastest; it wants them so without gaps.
-        batch = picture[None].contiguous(memory_format=torch.channels_last)
-        return F.interpolate(batch, size, **self.interpolation)[0]  # type: ignore[arg-type]
+        # of a crop that decoders left with channels innermost the kernel makes planes on the way
+        return F.interpolate(picture[None], size, **self.interpolation)[0]  # type: ignore[arg-type]
 
     def fit(self, picture: Tensor, size: Size, shorter: int | None = None) -> Tensor:
         """Return the middle of a picture, its shorter side made `shorter` long, or as short as `size` allows.
