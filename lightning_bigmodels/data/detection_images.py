@@ -116,9 +116,9 @@ class DetectionImages(VisionData):
             raise InputError(f"class_names is {class_names}; give each class one name, once")
         if bad_boxes not in ("error", "drop"):
             raise InputError(f"bad_boxes is {bad_boxes!r}; set it to error or drop")
-        for name, value in {"val_source": val_source, "test_source": test_source}.items():
-            if DIGITS in (source, value) and value is not None:
-                raise InputError(f"{name} is {value}, and digits has parts of its own; set {name} to null")
+        for name, other in {"val_source": val_source, "test_source": test_source}.items():
+            if other is not None and DIGITS in (source, other):
+                raise InputError(f"{name} is {other}, and digits has parts of its own; set {name} to null")
         if masks and source == DIGITS:
             raise InputError("masks is true, and digits has none; set it to false")
         self.source = source
