@@ -23,6 +23,7 @@ from typing_extensions import override
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.exportable import Exportable as Exportable
 from lightning_bigmodels.optim import HIDDEN, OUTPUT, UNDECAYED, ScheduleCallable, default_optimizer
+from lightning_bigmodels.png import PictureInBands
 from lightning_bigmodels.strategies.batch_norm import synchronize
 from lightning_bigmodels.strategies.clipping import clip_norm, clip_value, on_several_meshes
 from lightning_bigmodels.strategies.fsdp2 import shard
@@ -95,8 +96,13 @@ class Task(ExactResume, ABC):
         """
         return {}
 
-    def draw_predictions(self, batch: Any, rows: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the pictures that belong to what `predict_step` returned for a batch: a name, and (3, H, W) uint8."""
+    def draw_predictions(
+        self, batch: Any, rows: list[dict[str, Any]]
+    ) -> Iterator[tuple[str, Tensor | PictureInBands]]:
+        """Yield the pictures that belong to what `predict_step` returned for a batch: a name, and (3, H, W) uint8.
+
+        (H, W) of uint8 or uint16 holds classes, and its file keeps them as they are.
+        """
         return iter(())
 
     def collect_predictions(self, rows: Iterator[dict[str, Any]]) -> dict[str, Any]:
@@ -180,7 +186,9 @@ class Task(ExactResume, ABC):
         self.step("test", batch)
 
     def _l1_norm(self) -> Tensor:
-        decayed = [p for group in self.parameter_groups() if group["name"] != UNDECAYED for p in group["params"]]
+        decayed = [
+            p for group in self.parameter_groups() if not group["name"].startswith(UNDECAYED) for p in group["params"]
+        ]
         sums = [p.abs().sum() for p in decayed]
         return torch.stack([total.full_tensor() if isinstance(total, DTensor) else total for total in sums]).sum()
 
