@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_bigmodels.data.batches import FILLER, Boxes
 from lightning_bigmodels.data.loading import sample_generator
-from lightning_bigmodels.data.vision.coco import encode_mask
+from lightning_bigmodels.data.vision.coco import decode_mask, encode_mask
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.networks.detection import DetectionNetwork, Detections
 from lightning_bigmodels.networks.drawing import beside, draw_objects
@@ -263,8 +263,11 @@ class Detection(Task):
                 "labels": torch.tensor(row["labels"], dtype=torch.int64),
                 "scores": torch.tensor(row["scores"]),
             }
+            image = images[row["index"]]
+            if row.get("masks"):
+                found["masks"] = torch.stack([decode_mask(runs, *image.shape[1:]) for runs in row["masks"]])
             name = f"{row['index']:06d}_{Path(row['file']).stem}"
-            yield name, self._draw_found(images[row["index"]], found)
+            yield name, self._draw_found(image, found)
 
     def draw(self, batch: Any) -> list[Tensor]:
         """Return pictures (3, H, W) uint8 with the true objects on the left and those found on the right."""
