@@ -59,8 +59,8 @@ class SuperResolver(Task):
         perceptual_weights: A file of torchvision's VGG-19, or the name of its weights: IMAGENET1K_V1.
         adversarial_weight: Weight of what a discriminator of patches says, which learns along.
         discriminator_lr_scale: Factor on the learning rate, for the discriminator.
-        enlarge: How many times larger predict makes pictures: the scale or, by repetition, a power of it, up to 32;
-            None: the scale.
+        enlarge: How many times larger predict makes the pictures in `data.predict_source`, such as 8: the scale or, by
+            repetition, a power of it, up to 32; None: the scale. They become PNG files in the run's folder.
         tile_size: Pixels of the small picture on each side of a tile.
         tile_overlap: Pixels around a tile that the network sees too. Where they cover its reach, the result is that of
             the whole picture; with fewer, neighbours are blended. None: edsr's reach, 16 for swin2sr.
