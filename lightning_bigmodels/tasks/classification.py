@@ -16,7 +16,6 @@ from torchmetrics.classification import (
     MulticlassStatScores,
     MultilabelAccuracy,
     MultilabelAveragePrecision,
-    MultilabelExactMatch,
     MultilabelF1Score,
     MultilabelStatScores,
 )
@@ -50,6 +49,32 @@ class MeanLoss(Metric):
     def compute(self) -> Tensor:
         """Return the sum of losses over the sum of weights."""
         return self.total / self.weight
+
+
+class ExactMatch(Metric):
+    """Share of the examples that count whose labels are all told.
+
+    torchmetrics' own takes an example of which it is told to ignore everything for told (1.9).
+    """
+
+    full_state_update = False
+    matched: Tensor
+    counted: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("matched", "counted"):
+            self.add_state(name, default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, probabilities: Tensor, labels: Tensor) -> None:
+        """Add a batch: (B, K) float32, and (B, K) int64 with rows of `IGNORED`."""
+        counted = labels[:, 0] != IGNORED
+        self.matched += (((probabilities >= 0.5) == labels.bool()).all(1) & counted).sum()
+        self.counted += counted.sum()
+
+    def compute(self) -> Tensor:
+        """Return the share."""
+        return self.matched / self.counted
 
 
 class Classification(Task):
@@ -98,9 +123,9 @@ class Classification(Task):
         self.class_weights = None if class_weights is None else tuple(class_weights)
         self.class_names: list[str] | None = None
         scores = (
-            MultilabelStatScores(num_labels=num_classes, average=None)
+            MultilabelStatScores(num_labels=num_classes, average=None, ignore_index=IGNORED)
             if multi_label
-            else MulticlassStatScores(num_classes=num_classes, average=None)
+            else MulticlassStatScores(num_classes=num_classes, average=None, ignore_index=IGNORED)
         )
         self.class_scores: Metric = scores
         self._table: list[tuple[str, ...]] = []
@@ -174,15 +199,13 @@ class Classification(Task):
         metrics = self.metrics[phase]
         assert isinstance(metrics, MetricCollection)
         metrics[f"{phase}_loss"].update(losses, weights)
-        # torchmetrics' exact match would count what it is told to ignore
-        counted = labels[:, 0] != IGNORED if self.multi_label else labels != IGNORED
-        found, targets = probabilities[counted], labels[counted].long()
+        targets = labels.long()
         for name, metric in metrics.items(copy_state=False):
             if name == f"{phase}_calibration_error" and self.multi_label:
-                metric.update(found.flatten(), targets.flatten())
+                metric.update(probabilities.flatten(), targets.flatten())
             elif name != f"{phase}_loss":
-                metric.update(found, targets)
-        self.class_scores.update(found, targets)
+                metric.update(probabilities, targets)
+        self.class_scores.update(probabilities, targets)
         shown = dict(metrics.items(copy_state=False))
         self.log_dict(shown, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(labels))
         loss = losses.sum() / weights.sum().clamp(min=1)
@@ -221,15 +244,15 @@ class Classification(Task):
         return ("class", "precision", "recall", "f1", "support"), self._table
 
     def _metrics(self, phase: str) -> MetricCollection:
-        count: dict[str, Any] = {}
+        count: dict[str, Any] = {"ignore_index": IGNORED}
         found: dict[str, Metric | MetricCollection] = {"loss": MeanLoss()}
         if self.multi_label:
             count["num_labels"] = self.num_classes
             found["accuracy"] = MultilabelAccuracy(average="micro", **count)
-            found["exact_match"] = MultilabelExactMatch(**count)
+            found["exact_match"] = ExactMatch()
             found["macro_f1"] = MultilabelF1Score(average="macro", **count)
             found["average_precision"] = MultilabelAveragePrecision(**count)
-            found["calibration_error"] = BinaryCalibrationError()
+            found["calibration_error"] = BinaryCalibrationError(ignore_index=IGNORED)
         else:
             count["num_classes"] = self.num_classes
             found["accuracy"] = MulticlassAccuracy(average="micro", **count)
