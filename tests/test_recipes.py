@@ -31,7 +31,7 @@ from tests.workers import run_on
 PARAMETERS = {
     "detection/digits": 591_216,
     "detection/fasterrcnn_coco": 41_704_036,
-    "image/quickstart": 65_354,
+    "image/quickstart": 89_930,
     "super_resolution/edsr_x2": 195_971,
     "text/gpt_shakespeare": 4_339_200,
     "text/llama_8b": 8_030_261_248,
