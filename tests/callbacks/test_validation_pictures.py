@@ -66,6 +66,6 @@ def test_loggers_that_show_pictures_get_them(trainer, tmp_path):
     path = report_picture(run, "found", picture)
     assert path == tmp_path / "csv" / "version_0" / "found" / "step_00000000.png"
     assert torch.equal(read(path), picture)
-    tensorboard.experiment.flush()
+    tensorboard.finalize("success")
     (events,) = (tmp_path / "board").rglob("events*")
     assert b"found" in events.read_bytes()
