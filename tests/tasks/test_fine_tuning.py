@@ -47,6 +47,17 @@ def test_the_rate_falls_from_block_to_block_down_to_the_stem(weights):
     assert {group["weight_decay"] for group in groups if group["name"].startswith("undecayed")} == {0.0}
 
 
+def test_a_sharded_network_has_the_same_rates(weights):
+    def rates(trainer):
+        return [(group["name"], group["lr"], len(group["params"])) for group in trainer.optimizers[0].param_groups]
+
+    build = functools.partial(tiny, weights, layer_decay=0.5)
+    (alone,) = fit_on(1, "auto", build, BarsData, report=rates, max_steps=1)
+    sharded = fit_on(2, "fsdp2", build, BarsData, report=rates, max_steps=1)
+    assert len(alone.report) > 6
+    assert [fit.report for fit in sharded] == [alone.report] * 2
+
+
 def test_without_decay_there_are_the_usual_groups(weights):
     model = tiny(weights)
     model.configure_model()

@@ -124,21 +124,26 @@ def repeated_blocks(body: nn.Module) -> list[nn.Module]:
     candidates = [
         module
         for module in body.modules()
-        if type(module).__module__.startswith("torchvision.models.")
+        if _own_kind(module) is not None
         and module is not body
         and not isinstance(module, nn.Sequential)
         and next(module.parameters(), None) is not None
     ]
-    kinds = Counter(type(module) for module in candidates)
+    kinds = Counter(_own_kind(module) for module in candidates)
     heads = {id(layer) for layer in output_layers(body)}
     blocks: list[nn.Module] = []
     inside: set[int] = set()
     for module in candidates:
         own = {id(child) for child in module.modules()}
-        if kinds[type(module)] > 1 and id(module) not in inside and not own & heads:
+        if kinds[_own_kind(module)] > 1 and id(module) not in inside and not own & heads:
             blocks.append(module)
             inside |= own
     return blocks
+
+
+def _own_kind(module: nn.Module) -> type | None:
+    """Return the class that torchvision's file of a network defines, also where FSDP2 has put its own on top."""
+    return next((kind for kind in type(module).__mro__ if kind.__module__.startswith("torchvision.models.")), None)
 
 
 def undecayed_tensors(body: nn.Module) -> set[nn.Parameter]:
@@ -214,7 +219,8 @@ def fetch_weights(network: PixelNetwork, name: str, weights: str, channels: int)
     wanted = weights.rpartition(".")[2]
     if wanted not in names:
         raise InputError(
-            f"{name} has no weights {weights!r}{near(wanted, names)}; or name a file that ends in {', '.join(WEIGHT_FILES)}"
+            f"{name} has no weights {weights!r}{near(wanted, names)}; or name a file that ends in "
+            f"{', '.join(WEIGHT_FILES)}"
         )
     entry = known[wanted]
     try:
