@@ -126,7 +126,7 @@ def tiny_model(own):
     if "optimizer" in own:
         # Adam would make steps of gradients that are rounding alone, which differ between strategies
         sgd = own["optimizer"]["class_path"].endswith("SGD")
-        args["optimizer"] = {"init_args": {"lr": 0.05} if sgd else {"lr": 0.005, "eps": 1e-4}}
+        args["optimizer"] = {"init_args": {"lr": 0.05} if sgd else {"lr": 0.003, "eps": 1e-4}}
     return args
 
 
