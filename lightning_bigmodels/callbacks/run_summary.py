@@ -53,8 +53,9 @@ class RunSummary(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where the predictions lie."""
         folder = trainer.log_dir
-        if trainer.is_global_zero and folder and Path(folder, "predictions.jsonl").exists():
-            self._lines = [("predictions", _short(Path(folder, "predictions.jsonl")))]
+        if trainer.is_global_zero and folder:
+            named = [("predictions", "predictions.jsonl"), ("pictures", "predictions")]
+            self._lines = [(label, _short(Path(folder, name))) for label, name in named if Path(folder, name).exists()]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print what there is to say; an interrupted run has nothing."""
@@ -63,7 +64,18 @@ class RunSummary(Callback):
             _print(lines)
 
 
-_FILES = [("samples", "samples"), ("samples", "samples.jsonl"), ("samples", "samples.txt"), ("metrics", "metrics.csv")]
+# what callbacks and data leave in a run's folder, and what the summary calls it
+_FILES = [
+    ("samples", "samples"),
+    ("pictures", "validation_pictures"),
+    ("confusion matrix", "confusion_matrix"),
+    ("worst mistakes", "confident_mistakes"),
+    ("classes", "val_classes"),
+    ("explanations", "explanations"),
+    ("fairness", "fairness"),
+    ("files left out", "skipped_files.txt"),
+    ("metrics", "metrics.csv"),
+]
 
 
 def _results(trainer: Trainer, checkpoint: ModelCheckpoint | None) -> list[tuple[str, str]]:
