@@ -28,8 +28,7 @@ _SEEDS = {"train": 0, "val": 1, "test": 2}
 class DigitCanvases(Pairs):
     """Canvases of 64 x 64 with one to four digits, each drawn anew from its place alone.
 
-    Strokes and canvas have colours of their own, strokes may be lighter or darker than the canvas, and later digits
-    may cover earlier ones.
+    Strokes are lighter than the canvas, both in colours of their own, and later digits may cover earlier ones.
 
     Args:
         part: `train`, `val` or `test`, which show the digits of different writers.
@@ -69,8 +68,7 @@ class DigitCanvases(Pairs):
             top, left = (_draw(generator, 0, _SIDE - side + 1) for _ in range(2))
             rows, columns = slice(top, top + side), slice(left, left + side)
             part = canvas[:, rows, columns]
-            lighter = float(part.mean()) < 0.5
-            color = torch.rand(3, 1, 1, generator=generator) * 0.3 + (0.7 if lighter else 0.0)
+            color = torch.rand(3, 1, 1, generator=generator) * 0.35 + 0.65
             cover = (stroke / _INK).clamp(max=1.0)
             canvas[:, rows, columns] = part * (1 - cover) + color * cover
             mask[rows, columns][stroke > _INK] = int(self._digits[which]) + 1
@@ -110,8 +108,8 @@ def is_digits(source: str) -> bool:
 
 def _texture(generator: torch.Generator) -> Tensor:
     """Return (3, H, W): a colour that changes over the canvas, and noise of a coarse and a fine grain."""
-    canvas = torch.rand(3, 1, 1, generator=generator) * 0.6 + 0.2
-    for cells, height in ((3, 0.25), (12, 0.15), (_SIDE, 0.08)):
+    canvas = torch.rand(3, 1, 1, generator=generator) * 0.4 + 0.1
+    for cells, height in ((3, 0.15), (12, 0.1), (_SIDE, 0.05)):
         noise = torch.rand(1, 3, cells, cells, generator=generator) - 0.5
         canvas = canvas + height * F.interpolate(noise, size=_SIDE, mode="bilinear", align_corners=False)[0] * 2
     return canvas.clamp(0, 1)

@@ -355,15 +355,18 @@ class ImageSegmenter(Task):
         assert self.network is not None
         count, height, width = _EXAMPLE
         generator = torch.Generator().manual_seed(0)
+        # files of tensors hold the plain layout alone
+        network = self.network.to(memory_format=torch.contiguous_format)
         images = torch.randint(256, (count, self.channels, height, width), dtype=torch.uint8, generator=generator)
         return Exportable(
-            network=_Probabilities(self.network),
+            network=_Probabilities(network),
             inputs=(images,),
             input_names=("images",),
             output_names=("probabilities",),
             dynamic=({0: "batch", 2: "height", 3: "width"},),
             description={
-                "class_names": [self.class_name(i) for i in range(self.num_classes)],
+                "task": "segmentation",
+                "classes": [self.class_name(i) for i in range(self.num_classes)],
                 "channels": self.channels,
                 "outputs": "probabilities (batch, class, height, width) of the classes of each pixel",
             },
