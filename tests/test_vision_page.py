@@ -65,6 +65,7 @@ def test_links_options_and_names_exist():
     for option in ("mixup_alpha", "cutmix_alpha", "label_smoothing", "unfreeze_after", "layer_decay"):
         assert f"`{option}`" in PAGE
         assert option in (page.ROOT / "lightning_bigmodels/modules/cnn/classifier.py").read_text(encoding="utf-8")
-    pictures = set(callbacks.__all__) & {"ConfusionMatrix", "ConfidentMistakes", "ClassTable", "WeightAverage", "Explain"}
+    told = {"ConfusionMatrix", "ConfidentMistakes", "ClassTable", "WeightAverage", "Explain"}
+    pictures = set(callbacks.__all__) & told
     assert len(pictures) == 5
     assert [name for name in sorted(pictures) if f"`{name}`" not in PAGE] == []

@@ -96,9 +96,7 @@ class Task(ExactResume, ABC):
         """
         return {}
 
-    def draw_predictions(
-        self, batch: Any, rows: list[dict[str, Any]]
-    ) -> Iterator[tuple[str, Tensor | PictureInBands]]:
+    def draw_predictions(self, batch: Any, rows: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor | PictureInBands]]:
         """Yield the pictures that belong to what `predict_step` returned for a batch: a name, and (3, H, W) uint8.
 
         (H, W) of uint8 or uint16 holds classes, and its file keeps them as they are.
