@@ -26,8 +26,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_bigmodels import CausalLanguageModel, Text, cli, strategies
 from lightning_bigmodels.__main__ import VERBS, main
 from tests.conftest import TINY_LLAMA
+from tests.story import NETWORK, TEXT, TRAINER, shrink
 from tests.test_horovod_mapping import PAGE, ROOT, Traffic, traffic
-from tests.test_readme import DATA, NETWORK, TRAINER, shrink
 from tests.workers import fit_on, run_on
 
 STEPS = 40
@@ -92,7 +92,7 @@ def write_tiny(*callbacks):
         "limit_val_batches": 1,
         "callbacks": [{"class_path": "ModelCheckpoint", "init_args": saves}, *callbacks],
     }
-    content = {"trainer": trainer, "model": {"init_args": {"config": NETWORK}}, "data": {"init_args": DATA}}
+    content = {"trainer": trainer, "model": {"init_args": {"config": NETWORK}}, "data": {"init_args": TEXT}}
     Path("tiny.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
