@@ -23,10 +23,10 @@ from typing_extensions import override
 
 from lightning_bigmodels.data.batches import FILLER, IGNORED
 from lightning_bigmodels.errors import InputError
-from lightning_bigmodels.tasks.task import Phase, Task
+from lightning_bigmodels.tasks.named_classes import NamedClasses
+from lightning_bigmodels.tasks.task import Phase
 
 _NUM_TOP = 5
-_CLASSES = "class_names"
 
 
 class MeanLoss(Metric):
@@ -77,7 +77,7 @@ class ExactMatch(Metric):
         return self.matched / self.counted
 
 
-class Classification(Task):
+class Classification(NamedClasses):
     """A Task that names the class of each example, or all classes that it shows.
 
     Validation and test report the plain cross entropy, without smoothing, weights or mixtures, so that runs which
@@ -107,7 +107,7 @@ class Classification(Task):
         class_weights: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(num_classes, **kwargs)
         if num_classes < 1 + (not multi_label):
             raise InputError(f"num_classes is {num_classes}; set it to {1 + (not multi_label)} or more")
         if not 0 <= label_smoothing < 1:
@@ -117,11 +117,9 @@ class Classification(Task):
                 f"class_weights holds {len(class_weights)} numbers, the least {min(class_weights, default=0)}; give "
                 f"one of 0 or more for each of the {num_classes} classes"
             )
-        self.num_classes = num_classes
         self.multi_label = multi_label
         self.label_smoothing = label_smoothing
         self.class_weights = None if class_weights is None else tuple(class_weights)
-        self.class_names: list[str] | None = None
         scores = (
             MultilabelStatScores(num_labels=num_classes, average=None, ignore_index=IGNORED)
             if multi_label
@@ -262,55 +260,16 @@ class Classification(Task):
             found["calibration_error"] = MulticlassCalibrationError(**count)
         return MetricCollection(found, prefix=f"{phase}_", compute_groups=False)
 
-    # ---- the names of the classes
-
     @override
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
-        names = getattr(data, "class_names", None)
-        if not names or stage == "predict":
-            return  # a bare folder to predict says nothing of classes
-        if len(names) != self.num_classes:
-            raise InputError(
-                f"the data have {len(names)} classes ({_some(names)}) and model.num_classes is {self.num_classes}; set "
-                f"model.num_classes to {len(names)}"
-            )
         several = getattr(data, "multi_label", self.multi_label)
-        if several != self.multi_label:
+        if getattr(data, "class_names", None) and stage != "predict" and several != self.multi_label:
             raise InputError(
                 f"the data have {'several labels' if several else 'one label'} for each example; set "
                 f"model.multi_label to {str(several).lower()}"
             )
-        if self.class_names is not None and list(names) != self.class_names:
-            self._refuse(names, self.class_names)
-        self.class_names = list(names)
-
-    def _refuse(self, data: Sequence[str], own: Sequence[str]) -> None:
-        place = next(i for i, pair in enumerate(zip(data, own, strict=True)) if pair[0] != pair[1])
-        raise InputError(
-            f"class {place} is {data[place]!r} in the data and {own[place]!r} in the checkpoint; give the data that "
-            f"the model was trained on, or train a new model"
-        )
-
-    def class_name(self, index: int) -> str:
-        """Return the name of a class, its number where no data have named it."""
-        return str(index) if self.class_names is None else self.class_names[index]
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.class_names is not None:
-            checkpoint[_CLASSES] = list(self.class_names)
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        names = checkpoint.get(_CLASSES)
-        if names is None:
-            return
-        if self.class_names is not None and len(names) == self.num_classes and self.class_names != names:
-            self._refuse(self.class_names, names)
-        self.class_names = list(names)
 
     # ---- predictions
 
@@ -346,7 +305,3 @@ def _multi_label_losses(
     targets = labels * counted * (1 - smoothing) + smoothing / 2
     losses = F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="none") * counted
     return losses.mean(1), counted[:, 0]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

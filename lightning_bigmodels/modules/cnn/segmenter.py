@@ -32,16 +32,15 @@ from lightning_bigmodels.modules.cnn.segmentation_pictures import (
 from lightning_bigmodels.networks.pixels import PixelNetwork, statistics
 from lightning_bigmodels.optim import ScheduleCallable
 from lightning_bigmodels.palette import NUM_COLORS
-from lightning_bigmodels.tasks import Task
 from lightning_bigmodels.tasks.classification import MeanLoss
+from lightning_bigmodels.tasks.named_classes import NamedClasses
 from lightning_bigmodels.tasks.task import Phase
 
-_CLASSES = "class_names"
 _EXAMPLE = (2, 96, 128)  # pictures of an export's example, their height and width; all three are free
 
 
 @final
-class ImageSegmenter(Task):
+class ImageSegmenter(NamedClasses):
     """Names the class of each pixel, with torchvision's FCN, DeepLabV3 and LR-ASPP or a U-Net.
 
     Validation and test report the plain cross entropy per pixel, without weights, Dice and auxiliary outputs, so that
@@ -95,7 +94,7 @@ class ImageSegmenter(Task):
         l1_penalty: float = 0.0,
         compile: bool = False,
     ) -> None:
-        super().__init__(optimizer=optimizer, schedule=schedule, l1_penalty=l1_penalty, compile=compile)
+        super().__init__(num_classes, optimizer=optimizer, schedule=schedule, l1_penalty=l1_penalty, compile=compile)
         check_network("segmentation", network, (segmenters.UNET,))
         for name, (value, bound) in {
             "num_classes": (num_classes, 2),
@@ -114,7 +113,6 @@ class ImageSegmenter(Task):
                 whose = "class" if name == "class_weights" else "channel"
                 raise InputError(f"{name} holds {len(values)} numbers; give one for each {whose}, {needed}")
         self.network_name = network
-        self.num_classes = num_classes
         self.channels = channels
         self.weights = weights
         self.backbone_weights = backbone_weights
@@ -124,7 +122,6 @@ class ImageSegmenter(Task):
         self.auxiliary = auxiliary
         self.statistics = mean, std
         self.channels_last = channels_last
-        self.class_names: list[str] | None = None
         self.losses = nn.ModuleDict({phase: MeanLoss() for phase in ("val", "test")})
         self.metrics = nn.ModuleDict({phase: pixel_metrics(phase, num_classes) for phase in ("val", "test")})
         self._rows: list[tuple[str, ...]] = []
@@ -258,51 +255,24 @@ class ImageSegmenter(Task):
         """Return the heads and the rows of the last evaluation's table, for `ClassTable`."""
         return COLUMNS, self._rows
 
-    # ---- the names of the classes
+    # ---- data and checkpoints
 
     @override
     def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        channels = getattr(data, "channels", self.channels)
+        channels = getattr(getattr(self.trainer, "datamodule", None), "channels", self.channels)
         if channels != self.channels:
             raise InputError(
                 f"data.channels is {channels} and model.channels is {self.channels}; give both the same number"
             )
-        names = getattr(data, "class_names", None)
-        if not names or stage == "predict":
-            return  # a bare folder to predict says nothing of classes
-        if len(names) != self.num_classes:
-            raise InputError(
-                f"the data have {len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) and "
-                f"model.num_classes is {self.num_classes}; set model.num_classes to {len(names)}"
-            )
-        if self.class_names is not None:
-            _check_names(list(names), self.class_names)
-        self.class_names = list(names)
-
-    def class_name(self, index: int) -> str:
-        """Return the name of a class, its number where no data have named it."""
-        return str(index) if self.class_names is None else self.class_names[index]
+        super().setup(stage)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if self.class_names is not None:
-            checkpoint[_CLASSES] = list(self.class_names)
         if self.weights is not None or self.backbone_weights is not None:
             # the checkpoint holds all weights: it must load where the file it began from is gone
             hyper_parameters = checkpoint.get("hyper_parameters", {})
             checkpoint["hyper_parameters"] = {**hyper_parameters, "weights": None, "backbone_weights": None}
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        names = checkpoint.get(_CLASSES)
-        if names is None:
-            return
-        if self.class_names is not None and len(names) == self.num_classes:
-            _check_names(self.class_names, names)
-        self.class_names = list(names)
 
     # ---- pictures and predictions
 
@@ -388,12 +358,3 @@ class _Probabilities(nn.Module):
         """Return (B, K, H, W) float32 of (B, C, H, W) uint8."""
         found = self.network(images)
         return ((found if isinstance(found, Tensor) else found[segmenters.OUT]).float().softmax(1),)
-
-
-def _check_names(data: Sequence[str], own: Sequence[str]) -> None:
-    for place, (given, known) in enumerate(zip(data, own, strict=True)):
-        if given != known:
-            raise InputError(
-                f"class {place} is {given!r} in the data and {known!r} in the checkpoint; give the data that the model "
-                f"was trained on, or train a new model"
-            )
