@@ -75,6 +75,18 @@ class ImageBatch(TypedDict):
     errors: NotRequired[list[str]]
 
 
+class GenerationBatch(TypedDict):
+    """Pictures to be made from nothing but noise; B is zero where a process has none left and others have.
+
+    Attributes:
+        indices: (B,) int64 place among all, from 0, which with a seed fixes the noise.
+        classes: B names of what each is to show; not there where the model chooses, each class in turn.
+    """
+
+    indices: Tensor
+    classes: NotRequired[list[str]]
+
+
 class Boxes(TypedDict):
     """The objects of one picture, as torchvision's detectors take them.
 

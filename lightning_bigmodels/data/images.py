@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from typing_extensions import override
 
-from lightning_bigmodels.data.batches import ImageBatch
+from lightning_bigmodels.data.batches import IGNORED, ImageBatch
 from lightning_bigmodels.data.datamodule import check_at_least
 from lightning_bigmodels.data.vision.classified import BarePictures, ClassifiedPictures
 from lightning_bigmodels.data.vision.datamodule import VisionData
 from lightning_bigmodels.data.vision.examples import Examples, OnError
 from lightning_bigmodels.data.vision.files import picture_files
+from lightning_bigmodels.data.vision.generated import PicturesToMake
 from lightning_bigmodels.data.vision.labelled import Labelled, check_classes, with_classes_of, with_common_groups
 from lightning_bigmodels.data.vision.pictures import FilePictures
 from lightning_bigmodels.data.vision.sources import Reading, read_source
@@ -27,7 +29,8 @@ class Images(VisionData):
     """Pictures with their classes, or with several labels each.
 
     Attributes:
-        class_names: Names of the classes, known after `setup`; empty where only `predict_source` was read.
+        class_names: Names of the classes, known after `setup`; empty where there are none or only `predict_source` was
+            read.
         multi_label: Whether a picture may have several classes.
         group_names: Names of the groups by which fairness is judged, known after `setup`; None: there are none.
 
@@ -40,8 +43,11 @@ class Images(VisionData):
             `sklearn-digits`.
         val_source: Source of the validation part; None: what `source` calls so, or else a fraction of it.
         test_source: Source of the test part; None: as for `val_source`.
-        predict_source: A folder of pictures, or one picture, to predict the classes of; None: the test part, or else
-            the validation part.
+        predict_source: A folder of pictures, or one picture, for predict; None: the test part, or else the validation
+            part.
+        num_generated: How many pictures predict asks a generative model for, which then sees none; None: predict reads
+            pictures.
+        generated_classes: Classes of these, in turn; None: all of them.
         val_fraction: Part of the training examples, from 0 to below 1, held out for validation where no source has a
             validation part; stratified by class.
         test_fraction: The same for testing.
@@ -50,6 +56,7 @@ class Images(VisionData):
             table's own folder).
         download: Whether torchvision may fetch a data set that is not in `root`.
         path_column: Column of a table that holds the picture's file.
+        labelled: False: pictures without classes, for a model that needs none; names of folders say nothing then.
         label_column: Column of a table or hub data set that holds the picture's class, or a list of columns of 0 and 1,
             whose names are the classes, of which a picture may have several.
         label_separator: What stands between the classes in `label_column`, of which a picture may then have several.
@@ -87,12 +94,15 @@ class Images(VisionData):
         val_source: str | None = None,
         test_source: str | None = None,
         predict_source: str | None = None,
+        num_generated: int | None = None,
+        generated_classes: list[str] | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.0,
         split_seed: int = 0,
         root: str | None = None,
         download: bool = False,
         path_column: str = "path",
+        labelled: bool = True,
         label_column: str | list[str] = "label",
         label_separator: str | None = None,
         group_column: str | None = None,
@@ -116,6 +126,10 @@ class Images(VisionData):
         super().__init__(batch_size, eval_batch_size, num_workers, seed, on_error)
         check_at_least(1, channels=channels)
         check_at_least(0, split_seed=split_seed, crop_padding=crop_padding)
+        if num_generated is not None:
+            check_at_least(1, num_generated=num_generated)
+        elif generated_classes:
+            raise InputError("generated_classes is set and num_generated is not; set both, or neither")
         self.fractions = {
             "test": 0.0 if test_source else test_fraction,
             "val": 0.0 if val_source else val_fraction,
@@ -124,8 +138,9 @@ class Images(VisionData):
         self.source = source
         self.other_sources = {"val": val_source, "test": test_source}
         self.predict_source = predict_source
+        self.to_make = None if num_generated is None else PicturesToMake(num_generated, generated_classes or ())
         self.split_seed = split_seed
-        columns = Columns(path_column, label_column, label_separator, group_column, split_column)
+        columns = Columns(path_column, label_column if labelled else None, label_separator, group_column, split_column)
         folder = None if root is None else Path(root).expanduser()
         self.reading = Reading(columns, folder, download, check_files=on_error == "error")
         self.image_size = _size(image_size, "image_size")
@@ -141,13 +156,15 @@ class Images(VisionData):
             {epoch: _size(size, "progressive_sizes") for epoch, size in (progressive_sizes or {}).items()},
             interpolation,
         )
-        self.class_names: list[str] = list(label_column) if isinstance(label_column, list) else []
+        self.class_names: list[str] = list(label_column) if labelled and isinstance(label_column, list) else []
         self.multi_label = columns.multi_label
         self.group_names: list[str] | None = None
         self._labelled: dict[str, Labelled] = {}
 
     @override
     def make_parts(self, stage: str) -> dict[str, Examples[Any]]:
+        if stage == "predict" and self.to_make is not None:
+            return {}
         if stage == "predict" and self.predict_source is not None:
             return {"predict": self._bare(Path(self.predict_source).expanduser())}
         if not self._labelled:
@@ -168,16 +185,23 @@ class Images(VisionData):
         return parts
 
     @override
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return batches of the pictures to predict, in order, or of the numbers of those to make."""
+        return super().predict_dataloader() if self.to_make is None else self.evaluation_loader(self.to_make)
+
+    @override
     def part_remedy(self, name: str) -> str:
         return f"set data.{name}_source, or data.{name}_fraction above 0"
 
     @override
     def example_batch(self, batch_size: int) -> ImageBatch:
-        """Return random pixels, of the first class, or of none where there may be several."""
+        """Return random pixels, of the first class, or of none where there may be several or are none."""
         shape = (batch_size, self.channels, *self.image_size)
         pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         labels = torch.zeros(batch_size, dtype=torch.int64)
-        if self.multi_label:
+        if self.reading.columns.label is None:
+            labels = torch.full((batch_size,), IGNORED)
+        elif self.multi_label:
             labels = torch.zeros(batch_size, len(self.class_names))
         return {"images": pixels, "labels": labels, "indices": torch.arange(batch_size)}
 

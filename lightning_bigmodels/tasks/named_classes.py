@@ -16,7 +16,7 @@ class NamedClasses(Task, ABC):
     """A Task with a fixed number of classes, which the data name.
 
     Args:
-        num_classes: Classes, as many as the data have.
+        num_classes: Classes, as many as the data have; 0: none, and those of the data are left alone.
         kwargs: The arguments of `Task`.
 
     Attributes:
@@ -31,7 +31,7 @@ class NamedClasses(Task, ABC):
     @override
     def setup(self, stage: str) -> None:
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        if not names or stage == "predict":
+        if not names or stage == "predict" or self.num_classes == 0:
             return  # a bare folder to predict says nothing of classes
         if len(names) != self.num_classes:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_bigmodels.data.batches import IGNORED
 from lightning_bigmodels.data.vision.pictures import Pictures
 from lightning_bigmodels.errors import InputError, near, refuse
 
@@ -19,7 +20,7 @@ class Labelled:
     Attributes:
         pictures: Where the pictures lie; `rows` says which of them are meant.
         rows: (N,) int64 place of each example's picture.
-        class_names: The K names.
+        class_names: The K names; none where the pictures are not labelled.
         labels: (N,) int64 class of each example; (N, K) bool where an example may have several.
         group_names: Names of the groups by which fairness is judged; None: there are none.
         groups: (N,) int64 group of each example.
@@ -48,6 +49,8 @@ class Labelled:
 
     def names_of(self, index: int) -> list[str]:
         """Return the names of an example's classes."""
+        if not self.class_names:
+            return []
         label = self.labels[index]
         return [self.class_names[k] for k in np.flatnonzero(label)] if self.multi_label else [self.class_names[label]]
 
@@ -83,6 +86,17 @@ def labelled(
     return Labelled(pictures, np.arange(len(names)) if rows is None else rows, class_names, labels)
 
 
+def unlabelled(pictures: Pictures, rows: NDArray[np.int64] | None = None) -> Labelled:
+    """Return pictures without classes.
+
+    Args:
+        pictures: The pictures.
+        rows: Place of each example's picture; None: one example for each picture, in order.
+    """
+    rows = np.arange(len(pictures)) if rows is None else rows
+    return Labelled(pictures, rows, [], np.full(len(rows), IGNORED))
+
+
 def sorted_names(names: set[str]) -> list[str]:
     """Return names in the order of their numbers where all are whole numbers, else of the alphabet."""
     if all(name.isdecimal() for name in names):
@@ -96,6 +110,8 @@ def check_classes(part: Labelled, where: str) -> None:
     Raises:
         InputError: with the class and the source.
     """
+    if not part.class_names:
+        return
     empty = [name for name, count in zip(part.class_names, part.counts(), strict=True) if count == 0]
     if empty:
         names = ", ".join(repr(name) for name in empty[:5])
@@ -115,6 +131,8 @@ def with_classes_of(train: Labelled, part: Labelled, name: str) -> Labelled:
             f"the {name} examples have {'several classes' if part.multi_label else 'one class'} each and those of "
             f"training {'several' if train.multi_label else 'one'}; label both alike"
         )
+    if not train.class_names:
+        return part
     places = {class_name: place for place, class_name in enumerate(train.class_names)}
     for number in np.flatnonzero(part.counts()).tolist():
         class_name = part.class_names[number]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_bigmodels.data.vision.labelled import Labelled
+from lightning_bigmodels.data.vision.labelled import Labelled, unlabelled
 from lightning_bigmodels.data.vision.sources_arrays import has_idx, read_digits, read_idx, read_numpy
 from lightning_bigmodels.data.vision.sources_folders import read_folder
 from lightning_bigmodels.data.vision.sources_hub import read_hub
@@ -38,9 +38,18 @@ class Reading:
 def read_source(name: str, how: Reading) -> dict[str, Labelled]:
     """Return the parts of a source by their names; one that knows no parts is all `train`.
 
+    Without a column of labels the examples have no classes.
+
     Raises:
         InputError: there is no such source, or it is broken.
     """
+    parts = _read(name, how)
+    if how.columns.label is None:
+        return {part: unlabelled(examples.pictures, examples.rows) for part, examples in parts.items()}
+    return parts
+
+
+def _read(name: str, how: Reading) -> dict[str, Labelled]:
     if name == DIGITS:
         return {"train": read_digits()}
     if name.startswith(_TORCHVISION):
@@ -49,7 +58,7 @@ def read_source(name: str, how: Reading) -> dict[str, Labelled]:
         return read_hub(name, how.columns)
     path = Path(name).expanduser()
     if path.is_dir():
-        return read_idx(path) if has_idx(path) else read_folder(path)
+        return read_idx(path) if has_idx(path) else read_folder(path, how.columns.label is not None)
     if path.is_file():
         suffix = path.suffix.lower()
         if suffix in _TABLES:

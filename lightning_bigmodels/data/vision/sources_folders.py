@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lightning_bigmodels.data.vision.files import SUFFIXES, picture_files
-from lightning_bigmodels.data.vision.labelled import Labelled, labelled
+from lightning_bigmodels.data.vision.labelled import Labelled, labelled, unlabelled
 from lightning_bigmodels.data.vision.pictures import FilePictures
 from lightning_bigmodels.errors import InputError, refuse
 
@@ -19,11 +19,15 @@ PART_FOLDERS = {
 """Names of folders that hold a part, and the part."""
 
 
-def read_folder(folder: Path) -> dict[str, Labelled]:
+def read_folder(folder: Path, with_classes: bool = True) -> dict[str, Labelled]:
     """Return the parts of a folder; one that names no parts is all `train`.
 
     Where every folder in it is called like a part, these are the parts. Else each folder in it is a class; without any,
     the class of a picture is its name up to the first dot.
+
+    Args:
+        folder: Holds pictures, or folders of them.
+        with_classes: False: names of files and folders say nothing of classes.
 
     Raises:
         InputError: there is no picture, or an empty class.
@@ -31,13 +35,15 @@ def read_folder(folder: Path) -> dict[str, Labelled]:
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     names = {path.name.lower() for path in inner}
     if names and names <= PART_FOLDERS.keys() and "train" in {PART_FOLDERS[name] for name in names}:
-        return {PART_FOLDERS[path.name.lower()]: _one_part(path) for path in inner}
-    return {"train": _one_part(folder)}
+        return {PART_FOLDERS[path.name.lower()]: _one_part(path, with_classes) for path in inner}
+    return {"train": _one_part(folder, with_classes)}
 
 
-def _one_part(folder: Path) -> Labelled:
+def _one_part(folder: Path, with_classes: bool) -> Labelled:
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     files = picture_files(folder)
+    if not with_classes:
+        return unlabelled(FilePictures(files))
     loose = [path for path in files if path.parent == folder]
     if not inner:
         named = {path: name for path in files if (name := _name_of(path))}

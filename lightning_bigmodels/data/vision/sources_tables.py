@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bigmodels.data.vision.labelled import Labelled, labelled, sorted_names
+from lightning_bigmodels.data.vision.labelled import Labelled, labelled, sorted_names, unlabelled
 from lightning_bigmodels.data.vision.pictures import FilePictures, Pictures
 from lightning_bigmodels.data.vision.sources_folders import PART_FOLDERS
 from lightning_bigmodels.errors import InputError, near, refuse, require
@@ -25,14 +25,14 @@ class Columns:
 
     Attributes:
         path: The picture's file.
-        label: The picture's class, or several columns of 0 and 1, whose names are the classes.
+        label: The picture's class, or several columns of 0 and 1, whose names are the classes; None: there is none.
         label_separator: What stands between the classes in `label`, where a picture may have several.
         group: Group by which fairness is judged; None: there is none.
         split: The picture's part: train, val or test; None: there is none.
     """
 
     path: str = "path"
-    label: str | list[str] = "label"
+    label: str | list[str] | None = "label"
     label_separator: str | None = None
     group: str | None = None
     split: str | None = None
@@ -40,7 +40,7 @@ class Columns:
     @property
     def multi_label(self) -> bool:
         """Whether a picture may have several classes."""
-        return isinstance(self.label, list) or self.label_separator is not None
+        return self.label is not None and (isinstance(self.label, list) or self.label_separator is not None)
 
 
 class Table:
@@ -185,10 +185,12 @@ def label_rows(table: Table, pictures: Pictures, columns: Columns, order: Sequen
         InputError: a column is missing or a value is wrong.
     """
     groups = None if columns.group is None else table.texts(columns.group, "data.group_column")
-    parts = _parts(table, columns.split)
+    parts = _parts(table, columns.split, len(pictures))
     found = {}
     for part, rows in parts.items():
-        if isinstance(columns.label, list):
+        if columns.label is None:
+            one = unlabelled(pictures, rows)
+        elif isinstance(columns.label, list):
             values = np.stack([_zeros_and_ones(table, name) for name in columns.label], axis=1)
             one = Labelled(pictures, rows, list(columns.label), values[rows])
         elif columns.label_separator is not None:
@@ -201,9 +203,8 @@ def label_rows(table: Table, pictures: Pictures, columns: Columns, order: Sequen
     return found
 
 
-def _parts(table: Table, split: str | None) -> dict[str, NDArray[np.int64]]:
+def _parts(table: Table, split: str | None, num_rows: int) -> dict[str, NDArray[np.int64]]:
     if split is None:
-        num_rows = len(next(iter(table.columns.values())))
         return {"train": np.arange(num_rows)}
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(table.texts(split, "data.split_column")):
