@@ -10,6 +10,7 @@ from lightning_bigmodels.callbacks.predictions import PredictionWriter
 from lightning_bigmodels.callbacks.preemption import Preemption
 from lightning_bigmodels.callbacks.process_watch import ProcessWatch
 from lightning_bigmodels.callbacks.run_summary import RunSummary
+from lightning_bigmodels.callbacks.sample_quality import SampleQuality
 from lightning_bigmodels.callbacks.samples import Samples
 from lightning_bigmodels.callbacks.throughput import Throughput
 from lightning_bigmodels.callbacks.validation_pictures import ValidationPictures
@@ -26,6 +27,7 @@ __all__ = [
     "Preemption",
     "ProcessWatch",
     "RunSummary",
+    "SampleQuality",
     "Samples",
     "Throughput",
     "ValidationPictures",

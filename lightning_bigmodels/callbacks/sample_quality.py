@@ -1,0 +1,181 @@
+"""How good generated pictures are, against the real ones."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_bigmodels.callbacks.picture_features import PIXELS, load_features, metric_name
+from lightning_bigmodels.data.batches import FILLER
+from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.tasks.picture_generation import PictureGeneration
+from lightning_bigmodels.tasks.sample_comparison import SampleComparison
+
+
+class SampleQuality(Callback):
+    """Compare as many generated pictures as there are real ones with these, in validation and test.
+
+    Logged are `val_fid_<name>`, `val_kid_<name>`, `val_precision_<name>`, `val_recall_<name>` and
+    `val_diversity_<name>`, where `<name>` says which features the pictures were compared by: values of different
+    features are not comparable, nor are those of different numbers of pictures. To each real picture belongs one made
+    from the noise of its number, and of its class where the model makes pictures by class. `bigmodels validate` without
+    a checkpoint tells the values before training.
+
+    Args:
+        features: pixels: averaged to 8 x 8; a checkpoint (.ckpt) of an `ImageClassifier`: what its output layer sees;
+            inception: the features that published values have, by torch-fidelity.
+        features_name: What metrics call the features; None: pixels, inception or the checkpoint's name without ending.
+        num_pictures: Real and generated pictures, at most; None: as many as there are.
+        every_n_validations: How often.
+        neighbours: The nearest neighbour that a picture's part of the manifold reaches to, for precision and recall.
+        collapse_threshold: Diversity below which a warning says that the pictures are too much alike.
+        inception_weights: File of Inception's weights; None: torch-fidelity downloads them.
+
+    Raises:
+        InputError: a value is out of its range, or the features are unknown.
+    """
+
+    def __init__(
+        self,
+        features: str = PIXELS,
+        features_name: str | None = None,
+        num_pictures: int | None = 2048,
+        every_n_validations: int = 1,
+        neighbours: int = 3,
+        collapse_threshold: float = 0.5,
+        inception_weights: str | None = None,
+    ) -> None:
+        bounds = {"num_pictures": 2, "every_n_validations": 1, "neighbours": 1}
+        values = {"num_pictures": num_pictures, "every_n_validations": every_n_validations, "neighbours": neighbours}
+        for name, value in values.items():
+            if value is not None and value < bounds[name]:
+                raise InputError(f"{name} is {value}; set it to {bounds[name]} or more")
+        if not 0 <= collapse_threshold <= 1:
+            raise InputError(f"collapse_threshold is {collapse_threshold}; set it to between 0 (never) and 1")
+        self.features = features
+        self.name = metric_name(features if features_name is None else features_name)
+        self.num_pictures = num_pictures
+        self.every_n_validations = every_n_validations
+        self.neighbours = neighbours
+        self.collapse_threshold = collapse_threshold
+        self.inception_weights = inception_weights
+        self._network: nn.Module | None = None
+        self._comparison: SampleComparison | None = None
+        self._validations = 0
+        self._collapsed = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, PictureGeneration):
+            raise InputError(
+                f"{type(pl_module).__name__} makes no pictures that SampleQuality could compare; remove it from "
+                f"trainer.callbacks"
+            )
+        if self._network is None and stage != "predict":
+            self._network = load_features(self.features, self.inception_weights)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations, "collapsed": self._collapsed}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations, self._collapsed = state_dict["validations"], state_dict["collapsed"]
+
+    # ---- what is seen
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        due = trainer.state.fn != "fit" or self._validations % self.every_n_validations == 0
+        self._start(pl_module, due and not trainer.sanity_checking)
+
+    @override
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module, True)
+
+    def _start(self, module: LightningModule, due: bool) -> None:
+        self._comparison = SampleComparison(self.neighbours).to(module.device) if due else None
+        assert self._network is not None
+        self._network.to(module.device)
+
+    def _compare(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._comparison is None:
+            return
+        indices = batch["indices"]
+        counted = indices != FILLER
+        if self.num_pictures is not None:
+            counted &= indices < self.num_pictures
+        mine = counted.nonzero()[:, 0]
+        # a sharded network answers only to all processes, and the last pictures may be one process's alone
+        if not trainer.strategy.reduce_boolean_decision(len(mine) > 0, all=False):
+            return
+        assert isinstance(pl_module, PictureGeneration)
+        asked = mine if len(mine) else mine.new_zeros(1)
+        labels = batch["labels"][asked].clamp(min=0) if pl_module.num_classes else None
+        with trainer.precision_plugin.forward_context(), torch.no_grad():
+            made = pl_module.generate_pictures(pl_module.noise("val", indices[asked]), labels)
+        made = made[: len(mine)]
+        self._comparison.update(indices[mine], self._seen(batch["images"][mine]), self._seen(made))
+
+    on_validation_batch_end = on_test_batch_end = _compare
+
+    def _seen(self, pictures: Tensor) -> Tensor:
+        """Return (B, D) features of (B, C, H, W) uint8; B may be 0."""
+        assert self._network is not None
+        with torch.no_grad():
+            if len(pictures):
+                return self._network(pictures)
+            return self._network(pictures.new_zeros(1, *pictures.shape[1:]))[:0]
+
+    # ---- what is said
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(pl_module, "val")
+        self._validations += trainer.state.fn == "fit" and not trainer.sanity_checking
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(pl_module, "test")
+
+    def _report(self, module: LightningModule, phase: str) -> None:
+        comparison, self._comparison = self._comparison, None
+        if comparison is None:
+            return
+        if not comparison.update_called:
+            raise InputError("SampleQuality found no picture to compare; give pictures for validation")
+        values = comparison.compute()
+        for name, value in values.items():
+            # alike on all processes already, which a maximum leaves as it is
+            module.log(
+                f"{phase}_{name}_{self.name}",
+                value.float(),
+                on_epoch=True,
+                sync_dist=True,
+                reduce_fx="max",
+                batch_size=1,
+                prog_bar=name == "fid",
+            )
+        self._notice_collapse(float(values["diversity"]))
+
+    def _notice_collapse(self, diversity: float) -> None:
+        """Warn when the pictures have become too much alike; once, until they have recovered."""
+        collapsed = diversity < self.collapse_threshold
+        if collapsed and not self._collapsed:
+            rank_zero_warn(
+                f"collapse: by {self.name}, generated pictures are {diversity:.2f} times as far apart as real ones, "
+                f"below collapse_threshold {self.collapse_threshold}; unless training has only begun, go back to an "
+                f"earlier checkpoint with lower learning rates"
+            )
+        self._collapsed = collapsed
