@@ -3,7 +3,7 @@
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lightning_bigmodels import export_formats
 from lightning_bigmodels.errors import InputError, RunError
 from lightning_bigmodels.export_comparison import check_weights, compare, describe, example, free_lengths, trials
 from lightning_bigmodels.export_formats import FILES
-from lightning_bigmodels.exportable import Exportable, Format
+from lightning_bigmodels.exportable import Exportable, Exported, Format, LibraryFolder
 
 DESCRIPTION = "description.json"
 
@@ -24,10 +24,11 @@ DESCRIPTION = "description.json"
 def export(module: LightningModule, folder: str | Path, formats: list[Format] | None = None) -> Path:
     """Write a module's network in the formats that others load, and return the folder.
 
-    A network of transformers becomes a Hugging Face folder: safetensors, configuration, tokenizer. Any other, with what
-    comes before and after it (`exportable`), becomes torch.export's `model.pt2`, `model.onnx` and
-    `weights.safetensors`, with a `description.json`. All is written beside its place, loaded back, compared, and only
-    then moved there.
+    A network of transformers becomes a Hugging Face folder: safetensors, configuration, tokenizer; one of another
+    library that folder which its own classes load. Any other, with what comes before and after it (`exportable`),
+    becomes torch.export's `model.pt2`, `model.onnx` and `weights.safetensors`, with a `description.json`; parts that
+    are used apart have a folder each. All is written beside its place, loaded back, compared, and only then moved
+    there.
 
     Args:
         module: A LightningModule with `network` built and its weights loaded.
@@ -41,14 +42,14 @@ def export(module: LightningModule, folder: str | Path, formats: list[Format] | 
     from transformers import PreTrainedModel
 
     network: Any = getattr(module, "network", None)
-    ask: Callable[[], Exportable | None] = getattr(module, "exportable", lambda: None)
-    exportable = ask()
-    if exportable is not None:
-        formats = export_formats.chosen(exportable, formats)
-    elif not isinstance(network, PreTrainedModel):
+    ask: Callable[[], Exported | None] = getattr(module, "exportable", lambda: None)
+    exported = ask()
+    if exported is None and not isinstance(network, PreTrainedModel):
         raise InputError(f"no export format is known for the network of {type(module).__name__}")
-    elif formats is not None:
+    if formats is not None and (exported is None or isinstance(exported, LibraryFolder)):
         raise InputError("formats is set, and this network becomes a Hugging Face folder; leave formats out")
+    parts = _parts(exported, network)
+    chosen = {subfolder: export_formats.chosen(each, formats) for subfolder, (each, _) in parts.items()}
     target = Path(folder)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"the output {str(target)!r} exists already; name another folder or remove it")
@@ -57,14 +58,19 @@ def export(module: LightningModule, folder: str | Path, formats: list[Format] | 
         # TemporaryDirectory makes it private to the user; an exported folder follows the user's umask
         half = Path(part, "half")
         half.mkdir()
-        if exportable is None:
+        if exported is None:
             with _no_progress_bars():
                 _write_hugging_face(network, getattr(module, "tokenizer", None), half)
                 _compare_hugging_face(network, half)
-        else:
-            _write_files(exportable, network, formats or [], type(module).__name__, half)
-        for path in half.iterdir():
-            path.chmod(half.stat().st_mode & 0o666)  # safetensors makes its files private too
+        elif isinstance(exported, LibraryFolder):
+            exported.write(half)
+            exported.check(half)
+        for subfolder, (each, weights) in parts.items():
+            (half / subfolder).mkdir(exist_ok=True)
+            _write_files(each, weights, chosen[subfolder], type(module).__name__, half / subfolder)
+        for path in half.rglob("*"):
+            if path.is_file():
+                path.chmod(half.stat().st_mode & 0o666)  # safetensors makes its files private too
         if target.is_dir():
             target.rmdir()
         half.replace(target)
@@ -92,9 +98,20 @@ def load_exported(folder: str | Path, name: Format = "torch") -> Callable[..., d
 
 def unsupported(folder: Path) -> dict[str, str]:
     """Return the files that an exported folder lacks since they cannot hold its network, and why."""
-    path = folder / DESCRIPTION
-    reasons: dict[Format, str] = json.loads(path.read_text(encoding="utf-8"))["unsupported"] if path.is_file() else {}
-    return {FILES[name]: reason for name, reason in reasons.items()}
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob(DESCRIPTION)):
+        reasons: dict[Format, str] = json.loads(path.read_text(encoding="utf-8"))["unsupported"]
+        found |= {str(path.with_name(FILES[name]).relative_to(folder)): reason for name, reason in reasons.items()}
+    return found
+
+
+def _parts(exported: Exported | None, network: Any) -> dict[str, tuple[Exportable, Any]]:
+    """Return by its folder's name what is exported, with the network whose tensors are its weights."""
+    if isinstance(exported, Exportable):
+        return {"": (exported, network)}
+    if isinstance(exported, Mapping):
+        return {name: (part, part.network) for name, part in exported.items()}
+    return {}
 
 
 def _write_files(exportable: Exportable, network: Any, formats: list[Format], title: str, folder: Path) -> None:

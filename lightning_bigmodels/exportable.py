@@ -1,6 +1,7 @@
 """What a family hands over to be exported: its network with all that comes before and after it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -30,3 +31,19 @@ class Exportable(NamedTuple):
     dynamic: tuple[dict[int, str], ...]
     description: dict[str, Any]
     unsupported: Mapping[Format, str] = MappingProxyType({})
+
+
+class LibraryFolder(NamedTuple):
+    """A network that a library has a folder format of its own for, such as diffusers.
+
+    Attributes:
+        write: Fills an empty folder.
+        check: Loads the folder back; a RunError says where it parts from the network.
+    """
+
+    write: Callable[[Path], None]
+    check: Callable[[Path], None]
+
+
+Exported = Exportable | Mapping[str, Exportable] | LibraryFolder
+"""One network; several that are used apart, each for a folder of its name; or a library's folder."""

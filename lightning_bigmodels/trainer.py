@@ -68,9 +68,9 @@ class Trainer(pl.Trainer):
     ) -> Path:
         """Write a trained model to a folder that other programs read.
 
-        A network of transformers becomes a Hugging Face folder. Any other becomes model.pt2 (torch.export), model.onnx,
-        weights.safetensors and description.json, with what comes before and after the network inside: pixels in,
-        probabilities out. What was written is loaded back and compared before it counts.
+        A network of transformers or diffusers becomes a folder that these load. Any other becomes model.pt2
+        (torch.export), model.onnx, weights.safetensors and description.json, with what comes before and after the
+        network inside: pixels in, probabilities out. What was written is loaded back and compared before it counts.
 
         Args:
             model: The model to write.

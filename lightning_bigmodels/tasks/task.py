@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.exportable import Exportable as Exportable
+from lightning_bigmodels.exportable import Exported
 from lightning_bigmodels.optim import HIDDEN, OUTPUT, UNDECAYED, ScheduleCallable, default_optimizer
 from lightning_bigmodels.png import PictureInBands
 from lightning_bigmodels.strategies.batch_norm import synchronize
@@ -107,8 +108,15 @@ class Task(ExactResume, ABC):
         """Return the contents of JSON files, by their names, that are made of the rows of all batches."""
         return {}
 
-    def exportable(self) -> Exportable | None:
-        """Return what others run without this package; None for a network whose library has a format of its own.
+    def tabulate_predictions(self, batch: Any, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return columns of numbers, too many for lines of text, that belong to what `predict_step` returned.
+
+        They become a Parquet file: (B, ...) each, B as many as there are rows, in their order.
+        """
+        return {}
+
+    def exportable(self) -> Exported | None:
+        """Return what others run without this package; None for a network of transformers, which has its own format.
 
         Raises:
             InputError: the network cannot be exported.
