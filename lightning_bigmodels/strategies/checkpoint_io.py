@@ -29,6 +29,9 @@ from lightning_bigmodels.files import sync_folder
 META_FILE = "meta.pt"
 INDEX_FILE = ".metadata"
 
+# Lightning's name for what training goes on from where `state_dict` holds an average of it
+TRAINING_WEIGHTS = "current_model_state"
+
 _INDEX_CLASSES = {
     ("torch.distributed.checkpoint.metadata", name)
     for name in (
@@ -311,6 +314,8 @@ def read_sharded(folder: Path, network_only: bool = False) -> dict[str, Any]:
         raise InputError(f"the checkpoint {folder} was not written by fsdp2: it holds {', '.join(sorted(shards))}")
     checkpoint = torch.load(folder / META_FILE, weights_only=True, map_location="cpu")
     checkpoint["state_dict"] = shards.pop("state_dict")
+    if TRAINING_WEIGHTS in shards:
+        checkpoint[TRAINING_WEIGHTS] = shards.pop(TRAINING_WEIGHTS)
     if shards:
         checkpoint["optimizer_states"] = [by_index(shards[f"optimizer_{i}"]) for i in range(len(shards))]
     return checkpoint

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -38,6 +39,7 @@ from lightning_bigmodels.errors import InputError, RunError
 from lightning_bigmodels.files import sync_folder
 from lightning_bigmodels.strategies.checkpoint_io import (
     META_FILE,
+    TRAINING_WEIGHTS,
     BackgroundSave,
     PlainReader,
     WholeCheckpointIO,
@@ -105,7 +107,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
             )
         self._background.finish()
         path = Path(name)
-        shards = {"state_dict": checkpoint.pop("state_dict")}
+        shards = {key: checkpoint.pop(key) for key in ("state_dict", TRAINING_WEIGHTS) if key in checkpoint}
         shards |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
         # now, since training goes on to change callbacks and loops while an asynchronous save writes
         meta = io.BytesIO()
@@ -154,9 +156,9 @@ class ShardedCheckpoints(ModelParallelStrategy):
         state = get_model_state_dict(model)
         self._check_network(_saved_shapes(index), state)
         saved = {tuple(map(str, place)) for place in index.planner_data.values()}
-        wanted = {"state_dict": {name: value for name, value in state.items() if ("state_dict", name) in saved}}
-        _load(wanted, path)
-        model.load_state_dict(wanted["state_dict"], strict=self._is_strict())
+        weights = {name: value for name, value in state.items() if ("state_dict", name) in saved}
+        _load({"state_dict": weights}, path)
+        model.load_state_dict(weights, strict=self._is_strict())
         for i, optimizer in enumerate(optimizers):
             key = f"optimizer_{i}"
             values = {key: get_optimizer_state_dict(model, optimizer)}
@@ -164,6 +166,11 @@ class ShardedCheckpoints(ModelParallelStrategy):
             _load(values, path)
             set_optimizer_state_dict(model, optimizer, values[key], options=StateDictOptions(cpu_offload=True))
         meta: dict[str, Any] = torch.load(path / META_FILE, weights_only=True, map_location="cpu")
+        if optimizers and any(place[0] == TRAINING_WEIGHTS for place in saved):
+            meta[TRAINING_WEIGHTS] = {
+                name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in weights.items()
+            }
+            _load({TRAINING_WEIGHTS: meta[TRAINING_WEIGHTS]}, path)
         return meta
 
     def _load_file(self, path: Path, optimizers: list[Optimizer], weights_only: bool | None) -> dict[str, Any]:
@@ -182,6 +189,14 @@ class ShardedCheckpoints(ModelParallelStrategy):
             how = options if state["state"] else None
             set_optimizer_state_dict(model, optimizer, _by_name(state, model, optimizer), options=how)
         return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        # Lightning calls it too, for weights that `load_checkpoint` has taken out of the checkpoint already
+        if weights := checkpoint.get("state_dict"):
+            whole = not any(isinstance(value, DTensor) for value in weights.values())
+            options = StateDictOptions(full_state_dict=whole, strict=strict)
+            set_model_state_dict(self._module(), dict(weights), options=options)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
