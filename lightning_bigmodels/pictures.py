@@ -1,5 +1,6 @@
 """Pictures to look at: as many colours as a screen has, enlarged, with a line of text below."""
 
+import textwrap
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from lightning_bigmodels.errors import require
 
 _LINE = 14
+_LETTER = 6  # pixels, about
 _LEAST = 112
 
 
@@ -43,3 +45,16 @@ def captioned(picture: Tensor, lines: Sequence[str], colour: str = "black") -> T
         draw.text((2, _LINE * number + 1), line, fill=colour)
     text = torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8).view(_LINE * len(lines), width, 3)
     return torch.cat([rgb, text.permute(2, 0, 1)], dim=1)
+
+
+def wrapped(text: str, picture: Tensor, most: int = 4) -> list[str]:
+    """Return a text as lines for `captioned`, about as wide as it will show the picture (C, H, W).
+
+    Args:
+        text: Cut off behind the last line.
+        picture: What stands above.
+        most: Lines.
+    """
+    width = picture.shape[2] * max(1, -(-_LEAST // picture.shape[2]))
+    lines = textwrap.wrap(text, max(8, width // _LETTER), max_lines=most, placeholder=" ..")
+    return lines or [""]
