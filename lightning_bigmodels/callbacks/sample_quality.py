@@ -67,6 +67,12 @@ class SampleQuality(Callback):
         self._validations = 0
         self._collapsed = False
 
+    @property
+    @override
+    def state_key(self) -> str:
+        # there may be one for each kind of features
+        return self._generate_state_key(name=self.name)
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, PictureGeneration):

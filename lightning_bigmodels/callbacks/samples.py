@@ -67,6 +67,12 @@ class Samples(Callback):
         self._validations = 0
         self._steps: list[int] = []
 
+    @property
+    @override
+    def state_key(self) -> str:
+        # there may be several
+        return self._generate_state_key(prompts=self.prompts, every_n_validations=self.every_n_validations)
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, (_MakesTexts, PictureGeneration, _MakesPicturesOf)):

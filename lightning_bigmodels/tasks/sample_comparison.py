@@ -93,7 +93,8 @@ class _AsGiven(nn.Identity):
 
 def frechet_distance(real: Tensor, made: Tensor) -> Tensor:
     """Return the Frechet distance of the normal distributions with the features' means and covariances: (N, D) each."""
-    metric = FrechetInceptionDistance(feature=_AsGiven(real.shape[1])).to(real.device)
+    # each process has all features already
+    metric = FrechetInceptionDistance(feature=_AsGiven(real.shape[1]), sync_on_compute=False).to(real.device)
     return _distance(metric, real, made)
 
 
@@ -108,6 +109,7 @@ def kernel_distance(real: Tensor, made: Tensor) -> Tensor:
             # of fewer examples all subsets are the whole
             subsets=_NUM_SUBSETS if number > _SUBSET else 1,
             subset_size=min(number, _SUBSET),
+            sync_on_compute=False,
         )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -115,8 +117,6 @@ def kernel_distance(real: Tensor, made: Tensor) -> Tensor:
 
 
 def _distance(metric: Metric, real: Tensor, made: Tensor) -> Any:
-    # each process has all features already
-    metric.sync_on_compute = False
     metric.update(real, real=True)
     metric.update(made, real=False)
     return metric.compute()
