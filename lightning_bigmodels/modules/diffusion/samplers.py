@@ -11,7 +11,7 @@ seeds]`: a picture's noise, the first and that of each step, comes from a genera
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,20 @@ _OF_FLOWS = {"euler": "FlowMatchEulerDiscreteScheduler"}
 
 # below this logarithm of signal over spread a step of DPM-Solver is unstable; the cosine schedule goes there
 _LEAST_LOG_RATIO = -5.1
+
+
+class Sampling(NamedTuple):
+    """How pictures are made.
+
+    Attributes:
+        sampler: Its name.
+        num_steps: How often the network is asked.
+        guidance_scale: How far they go in the direction of their class; 1: as the network says.
+    """
+
+    sampler: str
+    num_steps: int
+    guidance_scale: float = 1.0
 
 
 def check_sampler(process: Process, sampler: str, num_steps: int) -> None:
@@ -78,13 +92,13 @@ def build_scheduler(process: Process, sampler: str, clip: bool) -> Any:
         values |= {"clip_sample": clip, "timestep_spacing": "trailing"}
     if sampler == "dpm_solver":
         values["lambda_min_clipped"] = _LEAST_LOG_RATIO
-    with _old_numpy_calls():
+    with old_numpy_calls():
         return getattr(diffusers, _OF_STEPS[sampler])(**values)
 
 
 def begins_with_unit_noise(scheduler: Any) -> bool:
     """Return whether a scheduler takes noise of unit variance and examples as they are, as DDPMPipeline gives them."""
-    return not hasattr(scheduler, "sigmas") or not hasattr(scheduler, "is_scale_input_called")
+    return not hasattr(scheduler, "is_scale_input_called")
 
 
 def seeds_of(noise: SampleNoise) -> list[int]:
@@ -112,7 +126,7 @@ def sample(
     """
     randn_tensor = require("diffusers.utils.torch_utils", extra="generative").randn_tensor
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with _old_numpy_calls():
+    with old_numpy_calls():
         scheduler.set_timesteps(num_steps)
     noise = randn_tensor((len(seeds), *shape), generator=generators, device=device, dtype=torch.float32)
     scaled = not begins_with_unit_noise(scheduler)
@@ -134,7 +148,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 @contextmanager
-def _old_numpy_calls() -> Iterator[None]:
+def old_numpy_calls() -> Iterator[None]:
     """Let diffusers 0.42 make arrays of tensors in a way of which NumPy 2 warns."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
