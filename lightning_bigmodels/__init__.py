@@ -7,17 +7,24 @@ from lightning_bigmodels.lazy import lazy_names
 if TYPE_CHECKING:
     from lightning_bigmodels.data import DetectionImages, Images, SegmentationImages, SuperResolutionImages, Text
     from lightning_bigmodels.modules import (
+        GAN,
+        Autoencoder,
         CausalLanguageModel,
+        Diffusion,
         ImageClassifier,
         ImageSegmenter,
         ObjectDetector,
         SuperResolver,
+        VariationalAutoencoder,
     )
 
 __version__ = "0.1.0"
 __all__ = [
+    "GAN",
+    "Autoencoder",
     "CausalLanguageModel",
     "DetectionImages",
+    "Diffusion",
     "ImageClassifier",
     "ImageSegmenter",
     "Images",
@@ -26,6 +33,7 @@ __all__ = [
     "SuperResolutionImages",
     "SuperResolver",
     "Text",
+    "VariationalAutoencoder",
     "__version__",
 ]
 
@@ -36,6 +44,8 @@ __getattr__ = lazy_names(
         "ObjectDetector": "modules",
         "DetectionImages": "data",
         "CausalLanguageModel": "modules",
+        "Diffusion": "modules",
+        "GAN": "modules",
         "ImageClassifier": "modules",
         "ImageSegmenter": "modules",
         "Images": "data",
@@ -43,6 +53,8 @@ __getattr__ = lazy_names(
         "SuperResolutionImages": "data",
         "SuperResolver": "modules",
         "Text": "data",
+        "Autoencoder": "modules",
+        "VariationalAutoencoder": "modules",
     },
 )
 
