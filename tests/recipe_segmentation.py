@@ -89,7 +89,7 @@ class Contract(contract.Contract):
             found = torch.export.load(folder / "model.pt2").module()(images)
         assert torch.allclose(found[0], expected, atol=1e-5)
         description = json.loads((folder / "description.json").read_text(encoding="utf-8"))
-        assert model.class_names == description["classes"]
+        assert model.class_names == description["class_names"]
 
     def broken(self, folder):
         return broken_masks(folder)

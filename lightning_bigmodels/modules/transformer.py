@@ -184,17 +184,19 @@ class CausalLanguageModel(LanguageModeling):
         super().on_save_checkpoint(checkpoint)
         if self.tokenizer is not None:
             checkpoint["tokenizer"] = tokenizer_to_files(self.tokenizer)
-        if self.pretrained is not None:
-            # the checkpoint holds all weights: it must load where the folder it began from is gone
-            assert self.network is not None
-            config = json.loads(self.network.config.to_json_string(use_diff=True))
-            known = huggingface.known_keys(config["model_type"])
-            checkpoint["hyper_parameters"] = {
-                **checkpoint.get("hyper_parameters", {}),
-                "architecture": config["model_type"],
-                "config": {key: value for key, value in config.items() if key in known},
-                "pretrained": None,
-            }
+
+    @override
+    def lasting_hyper_parameters(self) -> dict[str, Any]:
+        if self.pretrained is None:
+            return {}
+        assert self.network is not None
+        config = json.loads(self.network.config.to_json_string(use_diff=True))
+        known = huggingface.known_keys(config["model_type"])
+        return {
+            "architecture": config["model_type"],
+            "config": {key: value for key, value in config.items() if key in known},
+            "pretrained": None,
+        }
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

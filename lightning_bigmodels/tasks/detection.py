@@ -16,15 +16,15 @@ from lightning_bigmodels.networks.detection import DetectionNetwork, Detections
 from lightning_bigmodels.networks.drawing import beside, draw_objects
 from lightning_bigmodels.tasks.average_precision import AveragePrecision
 from lightning_bigmodels.tasks.classification import MeanLoss
-from lightning_bigmodels.tasks.task import Phase, Task
+from lightning_bigmodels.tasks.named_classes import NamedClasses
+from lightning_bigmodels.tasks.task import Phase
 
-_NAMES = "class_names"
 _IDS = "category_ids"
 _REPORTED = ("map", "map_50", "map_75", "mar_100")
 PREDICTIONS = "predictions.json"
 
 
-class Detection(Task):
+class Detection(NamedClasses):
     """A Task that finds objects with a `DetectionNetwork`.
 
     Args:
@@ -35,8 +35,8 @@ class Detection(Task):
         kwargs: The arguments of `Task`.
 
     Attributes:
-        class_names: The data's names of the classes, from label 1 on; they travel in checkpoints.
-        category_ids: What the data's annotations call each class; they travel too.
+        num_classes: Classes, the background not counted; 0 while neither argument nor data have told.
+        category_ids: What the data's annotations call each class; they travel in checkpoints with the names.
 
     Raises:
         InputError: a value is out of range.
@@ -53,15 +53,13 @@ class Detection(Task):
         drawn_score: float = 0.5,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(num_classes or 0, **kwargs)
         if num_classes is not None and num_classes < 1:
             raise InputError(f"num_classes is {num_classes}; set it to 1 or more, or null for those of the data")
         if not 0 <= drawn_score <= 1:
             raise InputError(f"drawn_score is {drawn_score}; set it to a score from 0 to 1")
-        self.num_classes = num_classes
         self.finds_masks = finds_masks
         self.drawn_score = drawn_score
-        self.class_names: list[str] | None = None
         self.category_ids: list[int] | None = None
         names = ("loss", *(f"loss_{name}" for name in loss_names))
         self.losses = nn.ModuleDict({p: nn.ModuleDict({n: MeanLoss() for n in names}) for p in ("val", "test")})
@@ -72,44 +70,25 @@ class Detection(Task):
     @override
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        names = list(getattr(data, _NAMES, None) or ())
-        if not names:
-            return
-        if self.num_classes is None:
+        names = getattr(data, "class_names", None)
+        if names and not self.num_classes:
             self.num_classes = len(names)
-        if self.num_classes != len(names):
-            raise InputError(
-                f"the data have {len(names)} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}) and "
-                f"model.num_classes is {self.num_classes}; set it to {len(names)}, or to null"
-            )
-        if self.finds_masks and not getattr(data, "masks", True) and stage != "predict":
+        super().setup(stage)
+        if stage == "predict" or not names:
+            return
+        if self.finds_masks and not getattr(data, "masks", True):
             raise InputError("the network learns from masks, and the data have none; set data.masks to true")
-        self._take_names(names, "the data's", "the checkpoint's")
         self.category_ids = list(getattr(data, _IDS, range(1, len(names) + 1)))
-
-    def _take_names(self, names: list[str], new: str, old: str) -> None:
-        if self.class_names is not None and self.class_names != names:
-            pairs = zip(self.class_names, names, strict=False)
-            mine, other = next(((a, b) for a, b in pairs if a != b), (str(len(self.class_names)), str(len(names))))
-            raise InputError(
-                f"{new} classes are not {old}: {other!r} where {mine!r} was; set data.class_names to "
-                f"the checkpoint's order, or start without it"
-            )
-        self.class_names = names
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint[_NAMES] = self.class_names
         checkpoint[_IDS] = self.category_ids
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        names = checkpoint.get(_NAMES)
-        if names is not None:
-            self._take_names(list(names), "the checkpoint's", "the data's")
-            self.category_ids = checkpoint.get(_IDS)
+        self.category_ids = checkpoint.get(_IDS)
 
     def name_of(self, label: int) -> str:
         """Return the name of a class, from label 1 on; its number where the names are not known."""

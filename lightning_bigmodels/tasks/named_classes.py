@@ -70,5 +70,5 @@ def _check_same(data: Sequence[str], own: Sequence[str]) -> None:
         if given != known:
             raise InputError(
                 f"class {place} is {given!r} in the data and {known!r} in the checkpoint; give the data that the model "
-                f"was trained on, or train a new model"
+                f"was trained on (data.class_names, where there is such, in its order), or train a new model"
             )

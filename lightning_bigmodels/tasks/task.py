@@ -115,6 +115,20 @@ class Task(ExactResume, ABC):
         """
         return {}
 
+    def lasting_hyper_parameters(self) -> dict[str, Any]:
+        """Return the arguments that a checkpoint holds otherwise than they were given.
+
+        It holds all weights, so it must load where the files that they began from are gone.
+        """
+        return {}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        lasting = self.lasting_hyper_parameters()
+        if lasting:
+            checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), **lasting}
+
     def exportable(self) -> Exported | None:
         """Return what others run without this package; None for a network of transformers, which has its own format.
 

@@ -36,7 +36,7 @@ def read_coco(
         InputError: the file is broken or a box is bad; the message names the line or the annotation's id.
     """
     content = read_json(source)
-    categories = {c["id"]: c["name"] for c in _entries(source, content, "categories", ("id", "name"))}
+    categories = {c["id"]: c["name"] for c in read_entries(source, content, "categories", ("id", "name"))}
     known = _known_images(source, content, source.parent if images is None else images)
     if class_names is None:
         class_names = [categories[number] for number in sorted(categories)]
@@ -44,7 +44,7 @@ def read_coco(
             raise InputError(f"{source}: two categories have the same name; rename one")
     collector = Collector(class_names, bad_boxes)
     seen = set()
-    for annotation in _entries(source, content, "annotations", ("id", "image_id", "category_id", "bbox")):
+    for annotation in read_entries(source, content, "annotations", ("id", "image_id", "category_id", "bbox")):
         where = f"annotation {annotation['id']}"
         if annotation["id"] in seen:
             refuse(f"{source}, {where}: the id occurs twice; number the annotations anew or remove one")
@@ -57,7 +57,7 @@ def read_coco(
             )
             continue
         segmentation = annotation.get("segmentation")
-        if masks and not _is_outline(segmentation):
+        if masks and not is_outline(segmentation):
             refuse(
                 f"{source}, {where}: the segmentation is neither polygons of three points or more nor run lengths; "
                 f"correct or remove the annotation, or set data.masks to false"
@@ -96,7 +96,7 @@ def read_json(source: Path) -> Any:
 def _known_images(source: Path, content: Any, folder: Path) -> dict[Any, AnnotatedPicture]:
     known: dict[Any, AnnotatedPicture] = {}
     files = set()
-    for image in _entries(source, content, "images", ("id", "file_name", "height", "width")):
+    for image in read_entries(source, content, "images", ("id", "file_name", "height", "width")):
         where = f"image {image['id']}"
         if image["id"] in known or image["file_name"] in files:
             what = "id" if image["id"] in known else f"file_name {image['file_name']!r}"
@@ -112,8 +112,12 @@ def _known_images(source: Path, content: Any, folder: Path) -> dict[Any, Annotat
     return known
 
 
-def _entries(source: Path, content: Any, key: str, needed: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return one of the file's lists, whose entries have the keys that are needed."""
+def read_entries(source: Path, content: Any, key: str, needed: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return one of a file's lists, whose entries have the keys that are needed.
+
+    Raises:
+        InputError: there is no such list, or an entry lacks a key.
+    """
     entries = content.get(key) if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise InputError(f"{source} has no list {key!r}; name a file of COCO's instances (images, annotations, ...)")
@@ -130,7 +134,8 @@ def _corners(box: Any) -> Any:
     return [box[0], box[1], box[0] + box[2], box[1] + box[3]] if numbers else box
 
 
-def _is_outline(segmentation: Any) -> bool:
+def is_outline(segmentation: Any) -> bool:
+    """Return whether a segmentation is polygons of three points or more, or run lengths."""
     if isinstance(segmentation, dict):
         return {"counts", "size"} <= segmentation.keys()
     return (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_bigmodels.data.batches import IGNORED
-from lightning_bigmodels.data.vision.coco import _entries, _is_outline, decode_mask, read_json
+from lightning_bigmodels.data.vision.coco import decode_mask, is_outline, read_entries, read_json
 from lightning_bigmodels.errors import InputError, near
 
 BACKGROUND = "background"
@@ -34,7 +34,7 @@ class CocoMasks:
         if not path.is_file():
             raise InputError(f"{path}: no such file; correct the path in data.masks")
         content = read_json(path)
-        categories = sorted(_entries(path, content, "categories", ("id", "name")), key=lambda entry: entry["id"])
+        categories = sorted(read_entries(path, content, "categories", ("id", "name")), key=lambda entry: entry["id"])
         known = {str(entry["name"]): entry["id"] for entry in categories}
         self.class_names = [BACKGROUND, *known] if class_names is None else list(class_names)
         if self.class_names[0] != BACKGROUND:
@@ -45,10 +45,10 @@ class CocoMasks:
         counted = {known[name]: number for number, name in enumerate(self.class_names) if number}
         self._numbers = {number: counted.get(number, 0) for number in known.values()}
         self.images = {
-            str(entry["file_name"]): entry for entry in _entries(path, content, "images", ("id", "file_name"))
+            str(entry["file_name"]): entry for entry in read_entries(path, content, "images", ("id", "file_name"))
         }
         self._objects: dict[Any, list[dict[str, Any]]] = {entry["id"]: [] for entry in self.images.values()}
-        for entry in _entries(path, content, "annotations", ("id", "image_id", "category_id")):
+        for entry in read_entries(path, content, "annotations", ("id", "image_id", "category_id")):
             self._check(entry)
             self._objects[entry["image_id"]].append(entry)
 
@@ -60,7 +60,7 @@ class CocoMasks:
             )
         if entry["category_id"] not in self._numbers:
             raise InputError(f"{where}: there is no category {entry['category_id']}; add it or correct the annotation")
-        if not _is_outline(entry.get("segmentation")):
+        if not is_outline(entry.get("segmentation")):
             raise InputError(
                 f"{where}: the segmentation is neither polygons of three points or more nor run lengths; correct or "
                 f"remove the annotation"

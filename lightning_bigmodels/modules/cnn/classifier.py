@@ -168,12 +168,8 @@ class ImageClassifier(FineTuning, Classification):
         return undecayed_tensors(self.network.body)
 
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.weights is not None:
-            # the checkpoint holds all weights: it must load where the file that it began from is gone
-            parameters = checkpoint.get("hyper_parameters", {})
-            checkpoint["hyper_parameters"] = {**parameters, "weights": None, "unfreeze_after": 0.0}
+    def lasting_hyper_parameters(self) -> dict[str, Any]:
+        return {} if self.weights is None else {"weights": None, "unfreeze_after": 0.0}
 
     # ---- steps
 
@@ -254,7 +250,7 @@ class ImageClassifier(FineTuning, Classification):
             dynamic=({0: "batch"},),
             description={
                 "task": "classification",
-                "classes": [self.class_name(i) for i in range(self.num_classes)],
+                "class_names": [self.class_name(i) for i in range(self.num_classes)],
                 "multi_label": self.multi_label,
                 "channels": self.channels,
                 "image_size": self.image_size,

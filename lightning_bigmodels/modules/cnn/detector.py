@@ -101,7 +101,7 @@ class ObjectDetector(Detection):
 
     @override
     def build_network(self) -> DetectionNetwork:
-        if self.num_classes is None:
+        if not self.num_classes:
             raise InputError("num_classes is not known; set model.num_classes, or name data that name their classes")
         body = detectors.build_body(self.network_name, self.num_classes, self.network_args)
         if self.frozen_batch_norm:
@@ -136,12 +136,9 @@ class ObjectDetector(Detection):
         return [module for module in self.network.modules() if isinstance(module, kinds)]
 
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        # the checkpoint holds all weights: it must load where those that it began from are gone
-        checkpoint["hyper_parameters"] = {
-            **checkpoint.get("hyper_parameters", {}),
-            "num_classes": self.num_classes,
+    def lasting_hyper_parameters(self) -> dict[str, Any]:
+        return {
+            "num_classes": self.num_classes or None,
             "weights": None,
             "backbone_weights": None,
             "trainable_backbone_layers": self.trainable_backbone_layers,

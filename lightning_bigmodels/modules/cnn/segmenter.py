@@ -267,12 +267,8 @@ class ImageSegmenter(NamedClasses):
         super().setup(stage)
 
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.weights is not None or self.backbone_weights is not None:
-            # the checkpoint holds all weights: it must load where the file it began from is gone
-            hyper_parameters = checkpoint.get("hyper_parameters", {})
-            checkpoint["hyper_parameters"] = {**hyper_parameters, "weights": None, "backbone_weights": None}
+    def lasting_hyper_parameters(self) -> dict[str, Any]:
+        return {"weights": None, "backbone_weights": None}
 
     # ---- pictures and predictions
 
@@ -336,9 +332,9 @@ class ImageSegmenter(NamedClasses):
             dynamic=({0: "batch", 2: "height", 3: "width"},),
             description={
                 "task": "segmentation",
-                "classes": [self.class_name(i) for i in range(self.num_classes)],
+                "class_names": [self.class_name(i) for i in range(self.num_classes)],
                 "channels": self.channels,
-                "outputs": "probabilities (batch, class, height, width) of the classes of each pixel",
+                "probabilities": "(batch, class, height, width): of each pixel, the classes' probabilities",
             },
         )
 

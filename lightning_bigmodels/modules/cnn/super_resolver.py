@@ -196,14 +196,12 @@ class SuperResolver(Task):
             self._perceptual = PerceptualLoss(self.perceptual_weights)
 
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.pretrained is not None:
-            # the checkpoint holds all weights: it must load where those it began from are gone
-            assert self.network is not None
-            config = self.config if self.architecture == "edsr" else swin2sr_config(self.network)
-            known = checkpoint.get("hyper_parameters", {})
-            checkpoint["hyper_parameters"] = {**known, "config": config, "pretrained": None}
+    def lasting_hyper_parameters(self) -> dict[str, Any]:
+        if self.pretrained is None:
+            return {}
+        assert self.network is not None
+        config = self.config if self.architecture == "edsr" else swin2sr_config(self.network)
+        return {"config": config, "pretrained": None}
 
     # ---- loss
 

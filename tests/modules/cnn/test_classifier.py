@@ -271,6 +271,6 @@ def test_what_is_exported_takes_pixels_and_gives_probabilities(multi_label):
     (found,) = exported.network(*exported.inputs)
     assert exported.inputs[0].dtype == torch.uint8
     assert torch.equal(found, model.probabilities(model.logits({"images": exported.inputs[0]})))
-    assert exported.description["classes"] == list("abcdef")
+    assert exported.description["class_names"] == list("abcdef")
     assert exported.description["multi_label"] is multi_label
     assert exported.dynamic == ({0: "batch"},)

@@ -343,7 +343,7 @@ def test_pixels_go_into_an_export_and_probabilities_come_out():
     model.eval()
     found = model.exportable()
     assert found.inputs[0].dtype == torch.uint8
-    assert found.description["classes"] == ["0", "1", "2"]
+    assert found.description["class_names"] == ["0", "1", "2"]
     images = torch.randint(256, (3, 1, 21, 40), dtype=torch.uint8)
     (probabilities,) = found.network(images)
     assert torch.allclose(probabilities, model.logits({"images": images}).softmax(1))
