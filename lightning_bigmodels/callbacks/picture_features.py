@@ -3,6 +3,7 @@
 import importlib
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def _classifier(path: str) -> ClassifierFeatures:
     family = importlib.import_module("lightning_bigmodels").ImageClassifier
     try:
         return ClassifierFeatures(family.load_from_checkpoint(path, map_location="cpu", weights_only=True))
-    except (KeyError, TypeError, RuntimeError, ValueError, OSError, EOFError) as error:
+    except (UnpicklingError, KeyError, TypeError, RuntimeError, ValueError, OSError, EOFError) as error:
         raise InputError(
             f"{path} holds no ImageClassifier ({type(error).__name__}: {str(error).splitlines()[0]}); set features to "
             f"a checkpoint of one"

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_bigmodels.callbacks.picture_features import PIXELS, load_features, metric_name
+from lightning_bigmodels.callbacks.report import show
 from lightning_bigmodels.data.batches import FILLER
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.tasks.picture_generation import PictureGeneration
@@ -25,13 +25,13 @@ class SampleQuality(Callback):
     a checkpoint tells the values before training.
 
     Args:
-        features: pixels: averaged to 8 x 8; a checkpoint (.ckpt) of an `ImageClassifier`: what its output layer sees;
-            inception: the features that published values have, by torch-fidelity.
-        features_name: What metrics call the features; None: pixels, inception or the checkpoint's name without ending.
+        features: What pictures are compared by, or a list: pixels: averaged to 8 x 8; a checkpoint (.ckpt) of an
+            `ImageClassifier`: what its output layer sees, called by the file's name without its ending; inception: what
+            published values are measured with, by torch-fidelity.
         num_pictures: Real and generated pictures, at most; None: as many as there are.
         every_n_validations: How often.
         neighbours: The nearest neighbour that a picture's part of the manifold reaches to, for precision and recall.
-        collapse_threshold: Diversity below which a warning says that the pictures are too much alike.
+        collapse_threshold: Diversity below which a line says that the pictures are too much alike.
         inception_weights: File of Inception's weights; None: torch-fidelity downloads them.
 
     Raises:
@@ -40,8 +40,7 @@ class SampleQuality(Callback):
 
     def __init__(
         self,
-        features: str = PIXELS,
-        features_name: str | None = None,
+        features: str | list[str] = PIXELS,
         num_pictures: int | None = 2048,
         every_n_validations: int = 1,
         neighbours: int = 3,
@@ -55,23 +54,24 @@ class SampleQuality(Callback):
                 raise InputError(f"{name} is {value}; set it to {bounds[name]} or more")
         if not 0 <= collapse_threshold <= 1:
             raise InputError(f"collapse_threshold is {collapse_threshold}; set it to between 0 (never) and 1")
-        self.features = features
-        self.name = metric_name(features if features_name is None else features_name)
+        self.features = {metric_name(one): one for one in ([features] if isinstance(features, str) else features)}
+        if len(self.features) != (1 if isinstance(features, str) else len(features)) or not self.features:
+            raise InputError(f"features is {features}; name one or more, each of a name of its own")
         self.num_pictures = num_pictures
         self.every_n_validations = every_n_validations
         self.neighbours = neighbours
         self.collapse_threshold = collapse_threshold
         self.inception_weights = inception_weights
-        self._network: nn.Module | None = None
-        self._comparison: SampleComparison | None = None
+        self._networks: dict[str, nn.Module] = {}
+        self._comparisons: dict[str, SampleComparison] = {}
         self._validations = 0
-        self._collapsed = False
+        self._collapsed: list[str] = []
 
     @property
     @override
     def state_key(self) -> str:
-        # there may be one for each kind of features
-        return self._generate_state_key(name=self.name)
+        # there may be several
+        return self._generate_state_key(features="_".join(self.features))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -80,16 +80,16 @@ class SampleQuality(Callback):
                 f"{type(pl_module).__name__} makes no pictures that SampleQuality could compare; remove it from "
                 f"trainer.callbacks"
             )
-        if self._network is None and stage != "predict":
-            self._network = load_features(self.features, self.inception_weights)
+        if not self._networks and stage != "predict":
+            self._networks = {name: load_features(one, self.inception_weights) for name, one in self.features.items()}
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"validations": self._validations, "collapsed": self._collapsed}
+        return {"validations": self._validations, "collapsed": list(self._collapsed)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._validations, self._collapsed = state_dict["validations"], state_dict["collapsed"]
+        self._validations, self._collapsed = state_dict["validations"], list(state_dict["collapsed"])
 
     # ---- what is seen
 
@@ -103,9 +103,11 @@ class SampleQuality(Callback):
         self._start(pl_module, True)
 
     def _start(self, module: LightningModule, due: bool) -> None:
-        self._comparison = SampleComparison(self.neighbours).to(module.device) if due else None
-        assert self._network is not None
-        self._network.to(module.device)
+        self._comparisons = {}
+        if due:
+            self._comparisons = {name: SampleComparison(self.neighbours).to(module.device) for name in self._networks}
+            for network in self._networks.values():
+                network.to(module.device)
 
     def _compare(
         self,
@@ -116,7 +118,7 @@ class SampleQuality(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._comparison is None:
+        if not self._comparisons:
             return
         indices = batch["indices"]
         counted = indices != FILLER
@@ -131,57 +133,53 @@ class SampleQuality(Callback):
         labels = batch["labels"][asked].clamp(min=0) if pl_module.num_classes else None
         with trainer.precision_plugin.forward_context(), torch.no_grad():
             made = pl_module.generate_pictures(pl_module.noise("val", indices[asked]), labels)
-        made = made[: len(mine)]
-        self._comparison.update(indices[mine], self._seen(batch["images"][mine]), self._seen(made))
+        # features in float32, whatever the precision of the run
+        with torch.no_grad():
+            for name, network in self._networks.items():
+                real_seen, made_seen = network(batch["images"][asked]), network(made)
+                self._comparisons[name].update(indices[mine], real_seen[: len(mine)], made_seen[: len(mine)])
 
     on_validation_batch_end = on_test_batch_end = _compare
-
-    def _seen(self, pictures: Tensor) -> Tensor:
-        """Return (B, D) features of (B, C, H, W) uint8; B may be 0."""
-        assert self._network is not None
-        with torch.no_grad():
-            if len(pictures):
-                return self._network(pictures)
-            return self._network(pictures.new_zeros(1, *pictures.shape[1:]))[:0]
 
     # ---- what is said
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(pl_module, "val")
+        self._report(trainer, pl_module, "val")
         self._validations += trainer.state.fn == "fit" and not trainer.sanity_checking
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(pl_module, "test")
+        self._report(trainer, pl_module, "test")
 
-    def _report(self, module: LightningModule, phase: str) -> None:
-        comparison, self._comparison = self._comparison, None
-        if comparison is None:
-            return
-        if not comparison.update_called:
-            raise InputError("SampleQuality found no picture to compare; give pictures for validation")
-        values = comparison.compute()
-        for name, value in values.items():
-            # alike on all processes already, which a maximum leaves as it is
-            module.log(
-                f"{phase}_{name}_{self.name}",
-                value.float(),
-                on_epoch=True,
-                sync_dist=True,
-                reduce_fx="max",
-                batch_size=1,
-                prog_bar=name == "fid",
-            )
-        self._notice_collapse(float(values["diversity"]))
+    def _report(self, trainer: Trainer, module: LightningModule, phase: str) -> None:
+        comparisons, self._comparisons = self._comparisons, {}
+        for features, comparison in comparisons.items():
+            if not comparison.update_called:
+                raise InputError("SampleQuality found no picture to compare; give pictures for validation")
+            values = comparison.compute()
+            for name, value in values.items():
+                # alike on all processes already, which a maximum leaves as it is
+                module.log(
+                    f"{phase}_{name}_{features}",
+                    value.float(),
+                    on_epoch=True,
+                    sync_dist=True,
+                    reduce_fx="max",
+                    batch_size=1,
+                    prog_bar=name == "fid",
+                )
+            self._notice_collapse(trainer, features, float(values["diversity"]))
 
-    def _notice_collapse(self, diversity: float) -> None:
-        """Warn when the pictures have become too much alike; once, until they have recovered."""
-        collapsed = diversity < self.collapse_threshold
-        if collapsed and not self._collapsed:
-            rank_zero_warn(
-                f"collapse: by {self.name}, generated pictures are {diversity:.2f} times as far apart as real ones, "
-                f"below collapse_threshold {self.collapse_threshold}; unless training has only begun, go back to an "
-                f"earlier checkpoint with lower learning rates"
+    def _notice_collapse(self, trainer: Trainer, features: str, diversity: float) -> None:
+        """Say when the pictures are too much alike; once, until they have recovered."""
+        if diversity >= self.collapse_threshold:
+            self._collapsed = [name for name in self._collapsed if name != features]
+        elif features not in self._collapsed:
+            self._collapsed.append(features)
+            show(
+                trainer,
+                f"collapse: by {features}, generated pictures are {diversity:.2f} times as far apart as real ones, "
+                f"below collapse_threshold {self.collapse_threshold}; unless training has only begun, go back to an earlier "
+                f"checkpoint with lower learning rates",
             )
-        self._collapsed = collapsed
