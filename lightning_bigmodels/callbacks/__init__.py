@@ -6,6 +6,7 @@ from lightning_bigmodels.callbacks.confident_mistakes import ConfidentMistakes
 from lightning_bigmodels.callbacks.confusion_matrix import ConfusionMatrix
 from lightning_bigmodels.callbacks.explain import Explain
 from lightning_bigmodels.callbacks.fairness import Fairness
+from lightning_bigmodels.callbacks.latents import Latents
 from lightning_bigmodels.callbacks.predictions import PredictionWriter
 from lightning_bigmodels.callbacks.preemption import Preemption
 from lightning_bigmodels.callbacks.process_watch import ProcessWatch
@@ -23,6 +24,7 @@ __all__ = [
     "ConfusionMatrix",
     "Explain",
     "Fairness",
+    "Latents",
     "PredictionWriter",
     "Preemption",
     "ProcessWatch",

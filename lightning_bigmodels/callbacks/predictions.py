@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from typing_extensions import override
 
+from lightning_bigmodels.callbacks.prediction_table import PredictionTable
 from lightning_bigmodels.callbacks.report import run_folder, write_picture
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.tasks import Task
@@ -23,8 +24,9 @@ class PredictionWriter(BasePredictionWriter):
     `predict_step` returns a list of dictionaries of plain values, one for each example. Several processes write a part
     each, which the first one merges by the rows' `index` at the end; the run's folder is one that they all see.
 
-    A `Task` may add pictures (`draw_predictions`), which become PNG files in `predictions/`, and files that are made
-    of all rows (`collect_predictions`).
+    A `Task` may add pictures (`draw_predictions`), which become PNG files in `predictions/`, columns of numbers
+    (`tabulate_predictions`), which become `predictions.parquet`, and files that are made of all rows
+    (`collect_predictions`).
     """
 
     def __init__(self) -> None:
@@ -32,6 +34,7 @@ class PredictionWriter(BasePredictionWriter):
         self._path = Path()
         self._num_rows = 0
         self._writes = True
+        self._table = PredictionTable(Path(), 0)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -39,12 +42,13 @@ class PredictionWriter(BasePredictionWriter):
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / (FILE_NAME if trainer.world_size == 1 else _part(trainer.global_rank))
         self._num_rows = 0
+        self._table = PredictionTable(folder, trainer.global_rank)
         mesh = pl_module.device_mesh
         # the processes that split the layers of one copy of the network predict the same
         self._writes = mesh is None or mesh["tensor_parallel"].get_local_rank() == 0
         if trainer.local_rank == 0:
             # what a killed run has left must not get among this one's
-            for leftover in [folder / FILE_NAME, *folder.glob(_part("*"))]:
+            for leftover in [folder / FILE_NAME, *folder.glob(_part("*")), *PredictionTable.files(folder)]:
                 leftover.unlink(missing_ok=True)
         trainer.strategy.barrier("old predictions removed")
 
@@ -74,13 +78,17 @@ class PredictionWriter(BasePredictionWriter):
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
         self._num_rows += len(prediction)
         if isinstance(pl_module, Task):
+            self._table.add(prediction, pl_module.tabulate_predictions(batch, prediction))
             for picture_name, picture in pl_module.draw_predictions(batch, prediction):
                 write_picture(self._path.parent / "predictions" / f"{picture_name}.png", picture)
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._table.close()
         if trainer.world_size > 1:
             self._merge_parts(trainer)
+        if trainer.is_global_zero:
+            self._table.merge()
         path = self._path.parent / FILE_NAME
         if not isinstance(pl_module, Task) or not trainer.is_global_zero or not path.is_file():
             return

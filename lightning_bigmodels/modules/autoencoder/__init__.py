@@ -1,0 +1,1 @@
+"""Autoencoders of pictures: plain, denoising and sparse; variational and quantized."""
