@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_bigmodels.callbacks.picture_features import PIXELS, load_features, metric_name
 from lightning_bigmodels.callbacks.report import show
+from lightning_bigmodels.callbacks.samples import MakesPicturesOf
 from lightning_bigmodels.data.batches import FILLER
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.tasks.picture_generation import PictureGeneration
@@ -21,8 +22,8 @@ class SampleQuality(Callback):
     Logged are `val_fid_<name>`, `val_kid_<name>`, `val_precision_<name>`, `val_recall_<name>` and
     `val_diversity_<name>`, where `<name>` says which features the pictures were compared by: values of different
     features are not comparable, nor are those of different numbers of pictures. To each real picture belongs one made
-    from the noise of its number, and of its class where the model makes pictures by class. `bigmodels validate` without
-    a checkpoint tells the values before training.
+    from the noise of its number, and of its caption or class where the model makes pictures by these. `bigmodels
+    validate` without a checkpoint tells the values before training.
 
     Args:
         features: What pictures are compared by, or a list: pixels: averaged to 8 x 8; a checkpoint (.ckpt) of an
@@ -128,11 +129,13 @@ class SampleQuality(Callback):
         # a sharded network answers only to all processes, and the last pictures may be one process's alone
         if not trainer.strategy.reduce_boolean_decision(len(mine) > 0, all=False):
             return
-        assert isinstance(pl_module, PictureGeneration)
+        if "images" not in batch:
+            raise InputError(
+                "SampleQuality needs the data's pictures, of which the network has only latents; remove it"
+            )
         asked = mine if len(mine) else mine.new_zeros(1)
-        labels = batch["labels"][asked].clamp(min=0) if pl_module.num_classes else None
         with trainer.precision_plugin.forward_context(), torch.no_grad():
-            made = pl_module.generate_pictures(pl_module.noise("val", indices[asked]), labels)
+            made = _made(pl_module, batch, asked)
         # features in float32, whatever the precision of the run
         with torch.no_grad():
             for name, network in self._networks.items():
@@ -180,6 +183,15 @@ class SampleQuality(Callback):
             show(
                 trainer,
                 f"collapse: by {features}, generated pictures are {diversity:.2f} times as far apart as real ones, "
-                f"below collapse_threshold {self.collapse_threshold}; unless training has only begun, go back to an earlier "
-                f"checkpoint with lower learning rates",
+                f"below collapse_threshold {self.collapse_threshold}; unless training has only begun, go back to an "
+                f"earlier checkpoint with lower learning rates",
             )
+
+
+def _made(module: LightningModule, batch: Any, rows: Tensor) -> Tensor:
+    """Return (B, C, H, W) uint8: a picture for each of some rows of a batch, of its caption or class if it has one."""
+    assert isinstance(module, PictureGeneration)
+    noise = module.noise("val", batch["indices"][rows])
+    if isinstance(module, MakesPicturesOf):
+        return module.generate_pictures_of([batch["captions"][row] for row in rows.tolist()], noise)
+    return module.generate_pictures(noise, batch["labels"][rows].clamp(min=0) if module.num_classes else None)

@@ -16,6 +16,7 @@ from lightning_bigmodels.pictures import as_rgb, captioned, wrapped
 from lightning_bigmodels.tasks.exact_resume import get_random_state, set_random_state
 from lightning_bigmodels.tasks.picture_generation import PictureGeneration
 from lightning_bigmodels.tasks.sample_noise import SampleNoise
+from lightning_bigmodels.tasks.task import Phase
 
 _NAME = "samples"
 _COLUMNS, _CAPTIONED_COLUMNS = 8, 4
@@ -29,9 +30,14 @@ class _MakesTexts(Protocol):
 
 
 @runtime_checkable
-class _MakesPicturesOf(Protocol):
-    def generate_pictures_of(self, prompts: Sequence[str], noise: SampleNoise) -> Tensor: ...
-    def noise(self, phase: str, indices: Tensor) -> SampleNoise: ...
+class MakesPicturesOf(Protocol):
+    """A model that makes pictures of texts."""
+
+    def generate_pictures_of(self, prompts: Sequence[str], noise: SampleNoise) -> Tensor:
+        """Return (B, C, H, W) uint8 of B prompts."""
+
+    def noise(self, phase: Phase, indices: Tensor) -> SampleNoise:
+        """Return the noise of pictures with these numbers (B,)."""
 
 
 class Samples(Callback):
@@ -75,7 +81,7 @@ class Samples(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, (_MakesTexts, PictureGeneration, _MakesPicturesOf)):
+        if not isinstance(pl_module, (_MakesTexts, PictureGeneration, MakesPicturesOf)):
             raise InputError(f"{type(pl_module).__name__} generates nothing that Samples could show; remove Samples")
 
     @override
@@ -152,7 +158,7 @@ class Samples(Callback):
 
     def _picture(self, module: LightningModule) -> Tensor:
         """Return the grid (3, H, W) uint8."""
-        if isinstance(module, _MakesPicturesOf):
+        if isinstance(module, MakesPicturesOf):
             indices = torch.arange(len(self.prompts), device=module.device)
             made = module.generate_pictures_of(self.prompts, module.noise("val", indices)).cpu()
             cells = [captioned(one, wrapped(prompt, one)) for one, prompt in zip(made, self.prompts, strict=True)]

@@ -5,10 +5,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 from torchmetrics.image import fid
 
 from lightning_bigmodels.callbacks import SampleQuality
 from lightning_bigmodels.callbacks.picture_features import InceptionFeatures, PixelFeatures, load_features
+from lightning_bigmodels.data.batches import FILLER
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.modules import ImageClassifier
 from lightning_bigmodels.tasks.sample_comparison import SampleComparison
@@ -103,6 +105,26 @@ def test_processes_find_the_numbers_of_one(processes, strategy, file):
     assert len(alone) == 5
     for found in run_on(processes, validate, processes, strategy):
         assert found == pytest.approx(alone, rel=1e-7)
+
+
+def test_a_picture_is_made_of_the_caption_of_each_real_one(trainer):
+    class Captioned(Painter):
+        prompts = ()
+
+        def generate_pictures_of(self, prompts, noise):
+            self.prompts = prompts
+            return self.generate_pictures(noise)
+
+    images = torch.randint(256, (4, 3, SIZE, SIZE), dtype=torch.uint8)
+    captions = ["a dog", "", "a cat", "a cow"]
+    batch = {"images": images, "captions": captions, "indices": torch.tensor([0, FILLER, 1, 2])}
+    model = Captioned()
+    (found,) = trainer(callbacks=[SampleQuality()]).validate(model, DataLoader([batch], batch_size=None), verbose=False)
+    assert model.prompts == ["a dog", "a cat", "a cow"]
+    assert found["val_fid_pixels"] > 0
+    del batch["images"]
+    with pytest.raises(InputError, match="of which the network has only latents; remove it"):
+        trainer(callbacks=[SampleQuality()]).validate(model, DataLoader([batch], batch_size=None))
 
 
 def test_features_of_a_classifier_are_what_its_output_layer_sees(file, trainer, tmp_path):
