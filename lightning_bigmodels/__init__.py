@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING
 from lightning_bigmodels.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from lightning_bigmodels.data import DetectionImages, Images, SegmentationImages, SuperResolutionImages, Text
+    from lightning_bigmodels.data import (
+        CaptionedImages,
+        DetectionImages,
+        Images,
+        SegmentationImages,
+        SuperResolutionImages,
+        Text,
+    )
     from lightning_bigmodels.modules import (
         GAN,
         Autoencoder,
@@ -15,6 +22,7 @@ if TYPE_CHECKING:
         ImageSegmenter,
         ObjectDetector,
         SuperResolver,
+        TextToImage,
         VariationalAutoencoder,
     )
 
@@ -22,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GAN",
     "Autoencoder",
+    "CaptionedImages",
     "CausalLanguageModel",
     "DetectionImages",
     "Diffusion",
@@ -33,6 +42,7 @@ __all__ = [
     "SuperResolutionImages",
     "SuperResolver",
     "Text",
+    "TextToImage",
     "VariationalAutoencoder",
     "__version__",
 ]
@@ -43,6 +53,7 @@ __getattr__ = lazy_names(
     {
         "ObjectDetector": "modules",
         "DetectionImages": "data",
+        "CaptionedImages": "data",
         "CausalLanguageModel": "modules",
         "Diffusion": "modules",
         "GAN": "modules",
@@ -53,6 +64,7 @@ __getattr__ = lazy_names(
         "SuperResolutionImages": "data",
         "SuperResolver": "modules",
         "Text": "data",
+        "TextToImage": "modules",
         "Autoencoder": "modules",
         "VariationalAutoencoder": "modules",
     },

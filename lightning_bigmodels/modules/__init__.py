@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_bigmodels.modules.cnn.segmenter import ImageSegmenter
     from lightning_bigmodels.modules.cnn.super_resolver import SuperResolver
     from lightning_bigmodels.modules.diffusion.diffusion import Diffusion
+    from lightning_bigmodels.modules.diffusion.text_to_image import TextToImage
     from lightning_bigmodels.modules.gan.dcgan import GAN
     from lightning_bigmodels.modules.transformer import CausalLanguageModel
 
@@ -24,6 +25,7 @@ __all__ = [
     "ImageSegmenter",
     "ObjectDetector",
     "SuperResolver",
+    "TextToImage",
     "VariationalAutoencoder",
 ]
 
@@ -40,5 +42,6 @@ __getattr__ = lazy_names(
         "ImageClassifier": "cnn.classifier",
         "ImageSegmenter": "cnn.segmenter",
         "SuperResolver": "cnn.super_resolver",
+        "TextToImage": "diffusion.text_to_image",
     },
 )

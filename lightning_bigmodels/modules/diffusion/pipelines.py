@@ -61,7 +61,7 @@ def write_pipeline(model: Model, folder: Path) -> None:
     # a copy: the module stays where it is, and in training if it was; files hold contiguous tensors alone
     network: Any = copy.deepcopy(model.network)
     stock = model.architecture == "UNet2DModel" and not model.num_classes and begins_with_unit_noise(scheduler)
-    with _quiet():
+    with quiet():
         network = network.cpu().eval().to(torch.float32, memory_format=torch.contiguous_format)
         if stock:
             diffusers.DDPMPipeline(unet=network, scheduler=scheduler).save_pretrained(folder)
@@ -94,7 +94,7 @@ def load_pipeline(folder: Path) -> Any:
     diffusers = require("diffusers", extra="generative")
     own = folder / PIPELINE_FILE
     more = {"custom_pipeline": str(own), "trust_remote_code": True} if own.is_file() else {}
-    with _quiet():
+    with quiet():
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False, **more)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -118,7 +118,7 @@ def check_pipeline(model: Model, folder: Path) -> None:
     module.train(was_training)
     more: dict[str, Any] = {"batch_size": _COMPARED} if labels is None else {"class_labels": labels.tolist()}
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with _quiet():
+    with quiet():
         found = pipeline(generator=generators, num_inference_steps=steps, output_type="np", **more).images
     pixels = (torch.from_numpy(found).permute(0, 3, 1, 2) * 255).round()
     difference = (pixels - expected).abs().max().item()
@@ -149,7 +149,7 @@ def _write_own(model: Model, network: Any, scheduler: Any, folder: Path) -> None
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence diffusers' bars, and its words on schedulers that a DDPMPipeline does not expect."""
     logging = require("diffusers.utils.logging", extra="generative")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
