@@ -24,8 +24,10 @@ def local_weights(strategy: Strategy, module: nn.Module) -> dict[str, Tensor]:
     for part in whole.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-        elif isinstance(part, FullyShardedDataParallel) and part._handle is not None:
-            _reshard(part, part._handle, True)
+        elif isinstance(part, FullyShardedDataParallel):
+            handle = part._handle
+            if handle is not None and handle.uses_sharded_strategy:
+                _reshard(part, handle, True)
     found: dict[str, Tensor] = {}
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         if tensor.is_floating_point():
