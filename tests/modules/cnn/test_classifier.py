@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torchvision
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 from torch import nn
 
@@ -247,6 +248,26 @@ def test_it_learns(trainer):
     run.fit(model, BarsData())
     assert run.callback_metrics["val_accuracy"] > 0.85
     assert run.callback_metrics["val_loss"] < math.log(NUM_CLASSES)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+def test_compiled_it_trains_as_without_and_resumes_bit_for_bit(trainer, tmp_path):
+    def run(compile, checkpoint=None):
+        torch.manual_seed(0)
+        model = ImageClassifier("small_cnn", NUM_CLASSES, 1, 8, compile=compile)
+        keep = ModelCheckpoint(tmp_path / str(compile), "half", every_n_train_steps=5)
+        run = trainer(max_steps=8, limit_val_batches=0, enable_checkpointing=True, callbacks=[keep])
+        run.fit(model, BarsData(), ckpt_path=checkpoint, weights_only=True)
+        assert run.global_step == 8
+        return dict(model.network.named_parameters())
+
+    eager, whole = run(False), run(True)
+    assert whole.keys() == eager.keys()
+    assert all(torch.allclose(whole[name], value, atol=1e-4) for name, value in eager.items())
+    half = tmp_path / "True" / "half.ckpt"
+    assert torch.load(half, weights_only=True)["global_step"] == 5
+    resumed = run(True, half)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 # ---- what others see
