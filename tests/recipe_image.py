@@ -19,8 +19,11 @@ class Contract(contract.Contract):
 
     def tiny(self, recipe, folder):
         write_classes(folder / "classes")
-        # an average of the weights refuses the sharded fit; tests/callbacks/test_weight_average.py has it
-        callbacks = [one for one in recipe["trainer"]["callbacks"] if one["class_path"] != "WeightAverage"]
+        # an average over thousands of steps would be one of the beginning
+        callbacks = [
+            {**one, "init_args": {"decay": 0.9, "warm_up": True}} if one["class_path"] == "WeightAverage" else one
+            for one in recipe["trainer"]["callbacks"]
+        ]
         return {
             "trainer": {**self.lengths(), "sync_batchnorm": True, "callbacks": callbacks},
             "model": {"init_args": tiny_model(recipe["model"]["init_args"])},
