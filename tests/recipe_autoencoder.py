@@ -1,4 +1,4 @@
-"""What the family contract needs to know of autoencoders on `Images`: tiny digits, baselines, and what can be broken."""
+"""What the family contract needs to know of autoencoders on `Images`: tiny digits, baselines, what can be broken."""
 
 import importlib
 import json
@@ -52,7 +52,8 @@ class Contract(contract.Contract):
             "data": {
                 "init_args": {
                     "source": "sklearn-digits",
-                    "val_fraction": 0.05,
+                    # so many that 1, 2 and 3 processes fill their last batches with different numbers of fillers
+                    "val_fraction": 0.0512,
                     "test_fraction": 0.05,
                     "image_size": SIZE,
                     "crop_padding": 0,
@@ -117,9 +118,8 @@ class Contract(contract.Contract):
     def check_export(self, folder, checkpoint):
         content = torch.load(checkpoint, weights_only=True)
         module, _, name = content["hyper_parameters"]["_class_path"].rpartition(".")
-        model = (
-            getattr(importlib.import_module(module), name).load_from_checkpoint(checkpoint, weights_only=True).eval()
-        )
+        model = getattr(importlib.import_module(module), name).load_from_checkpoint(checkpoint, weights_only=True)
+        model.eval()
         images = torch.randint(256, (3, *model.image_shape), dtype=torch.uint8)
         with torch.no_grad():
             latents = model.encode_pictures(images)

@@ -65,8 +65,9 @@ class VectorQuantizer(nn.Module):
     def forward(self, vectors: Tensor) -> Rounded:
         """Round vectors (B, D, h, w)."""
         rows = vectors.detach().permute(0, 2, 3, 1).float()  # (B, h, w, D)
-        # the nearest code is no place for 8 bits of mantissa
-        with torch.autocast(rows.device.type, enabled=False):
+        # the nearest code is no place for 8 bits of mantissa; meta, where shapes alone count, has no autocast
+        device = "cpu" if rows.is_meta else rows.device.type
+        with torch.autocast(device, enabled=False):
             # |v - e|^2 without |v|^2, which is the same for all codes
             distances = self.codes.square().sum(1) - 2 * rows @ self.codes.T  # (B, h, w, K)
         chosen = distances.argmin(-1)

@@ -174,7 +174,8 @@ class PictureCoding(Task, ABC):
         for name, value in values.items():
             metric = metrics[f"{phase}_{name}"]
             assert isinstance(metric, MeanMetric)
-            metric.update(value.detach().double(), counted.double())
+            # selected, and not weighted by 0: torchmetrics 1.9 forgets weights where it is told not to look for NaN
+            metric.update(value.detach()[counted > 0].double())
             found[f"{phase}_{name}"] = metric
         self.log_dict(found, on_step=False, on_epoch=True, batch_size=len(counted))
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_bigmodels.errors import InputError
-from lightning_bigmodels.networks.autoencoder import as_pixels, scaled
+from lightning_bigmodels.networks.autoencoder import as_pixels
 
 Likelihood = Literal["logistic", "bernoulli"]
 
@@ -60,7 +60,7 @@ def discretized_logistic(images: Tensor, location: Tensor, log_scale: Tensor) ->
         location: In [-1, 1] for the pixels that there are.
         log_scale: Logarithm of the scale, in the same unit.
     """
-    values = scaled(images).to(location.dtype)
+    values = images.to(location.dtype) / 127.5 - 1
     inverse = (-log_scale).exp()
     above = (values + _HALF_STEP - location) * inverse
     below = (values - _HALF_STEP - location) * inverse
