@@ -23,14 +23,13 @@ class WeightAverage(Callback):
     From the first update on, validation with all that other callbacks do in it, checkpoints and what the fit leaves
     behind hold the average of parameters and floating-point buffers; training goes on from its own weights. A resumed
     fit continues both, bit for bit, under any number of processes and any strategy: each process averages its shards.
-    One copy of the trained weights is kept. A fit that is resumed from a checkpoint without an average begins one.
-
-    A step is a training batch in which an optimizer took a step: batches that only accumulate gradients and steps that
-    16-mixed skips do not count, and a batch in which several optimizers step counts once.
+    One copy of what is trained is kept. A fit that is resumed from a checkpoint without an average begins one.
 
     Args:
         decay: What remains of the average at each update; it reaches over about 1 / (1 - decay) updates.
-        every_n_steps: Steps between updates.
+        every_n_steps: Steps between updates. A step is a training batch in which an optimizer took a step: batches that
+            only accumulate gradients and steps that 16-mixed skips do not count, and a batch in which several
+            optimizers step counts once.
         start_step: Step of the first update, which copies the weights.
         warm_up: Whether update n (from 0) uses at most (1 + n) / (10 + n) as decay, so that a short run does not end
             with an average of its beginning.
@@ -95,6 +94,10 @@ class WeightAverage(Callback):
                     f"{name} is in {parameter.dtype}, in which the small steps of an average vanish; set "
                     "trainer.precision to bf16-mixed or 16-mixed, or remove WeightAverage from trainer.callbacks"
                 )
+        if self._copies:
+            # loaded before the network was moved to its device
+            weights = self._weights()
+            self._copies = {name: copy.to(weights[name].device) for name, copy in self._copies.items()}
         self._remove_hooks()
         self._handles = [optimizer.register_step_post_hook(self._note_step) for optimizer in trainer.optimizers]
 
@@ -208,17 +211,21 @@ class WeightAverage(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self._copies:
             return
+        weights = self._weights()
+        frozen = weights.keys() - self._copies.keys()
         present = checkpoint["state_dict"]
-        self._exchange(self._weights())
+        self._exchange(weights)
         try:
-            other = trainer.strategy.lightning_module_state_dict()
-            # what this holds may be the very weights, which are exchanged again
-            other = {name: value.clone() if isinstance(value, Tensor) else value for name, value in other.items()}
+            other = {
+                # the value may be the very weight, which is exchanged again
+                name: value.clone() if isinstance(value, Tensor) and name not in frozen else value
+                for name, value in trainer.strategy.lightning_module_state_dict().items()
+            }
         finally:
             self._exchange(self._weights())
         average, training = (other, present) if self._in_place is None else (present, other)
         checkpoint["state_dict"] = average
-        checkpoint[TRAINING_WEIGHTS] = training
+        checkpoint[TRAINING_WEIGHTS] = {name: value for name, value in training.items() if name not in frozen}
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -239,5 +246,5 @@ class WeightAverage(Callback):
         # the network holds the average, which a checkpoint has in place of the weights
         weights = self._weights()
         self._copies = {name: weights[name].clone() for name in state_dict["averaged"]}
-        load_weights(self._strategy, self._loaded, self._module.strict_loading)
+        load_weights(self._strategy, self._loaded)
         self._loaded = None

@@ -166,9 +166,12 @@ class ShardedCheckpoints(ModelParallelStrategy):
             _load(values, path)
             set_optimizer_state_dict(model, optimizer, values[key], options=StateDictOptions(cpu_offload=True))
         meta: dict[str, Any] = torch.load(path / META_FILE, weights_only=True, map_location="cpu")
-        if optimizers and any(place[0] == TRAINING_WEIGHTS for place in saved):
+        training = {place[1] for place in saved if place[0] == TRAINING_WEIGHTS}
+        if optimizers and training:
             meta[TRAINING_WEIGHTS] = {
-                name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in weights.items()
+                name: value.clone() if isinstance(value, torch.Tensor) else value
+                for name, value in weights.items()
+                if name in training
             }
             _load({TRAINING_WEIGHTS: meta[TRAINING_WEIGHTS]}, path)
         return meta

@@ -263,33 +263,47 @@ def test_after_an_error_in_validation_the_weights_are_those_of_training(error, t
     assert equal(copy(model), watch.steps[1])
 
 
-def test_frozen_layers_are_not_copied_until_they_learn(trainer):
-    class Frozen(Toy):
-        def build_network(self):
-            network = super().build_network()
-            network[2].requires_grad_(False)
-            return network
+class Frozen(Toy):
+    """The middle layer learns from the third step on."""
 
-        def parameter_groups(self):
-            return [{"params": list(self.network.parameters())}]
+    def build_network(self):
+        network = super().build_network()
+        network[2].requires_grad_(False)
+        return network
 
-        def on_train_batch_start(self, batch, batch_idx):
-            super().on_train_batch_start(batch, batch_idx)
-            self.network[2].requires_grad_(batch_idx >= 2)
+    def parameter_groups(self):
+        return [{"params": list(self.network.parameters())}]
 
+    def on_train_batch_start(self, batch, batch_idx):
+        super().on_train_batch_start(batch, batch_idx)
+        self.network[2].requires_grad_(batch_idx >= 2)
+
+
+OTHERS = [f"network.{layer}.{name}" for layer in (0, 4) for name in ("bias", "weight")]
+
+
+def test_frozen_layers_are_not_copied_until_they_learn(trainer, tmp_path):
     class Count(Watch):
         def on_train_batch_end(self, trainer, module, *args):
             super().on_train_batch_end(trainer, module, *args)
-            self.validated.append(average.state_dict()["averaged"])
+            self.validated.append(trainer.callbacks[0].state_dict()["averaged"])
 
-    average = WeightAverage(decay=0.5)
-    watch, model = Count(), Frozen(optimizer=ADAM)
-    trainer(callbacks=[average, watch], max_steps=4).fit(model, Data())
-    others = [f"network.{layer}.{name}" for layer in (0, 4) for name in ("bias", "weight")]
-    assert watch.validated[1] == others
-    assert watch.validated[2] == sorted([*others, "network.2.bias", "network.2.weight"])
-    found, expected = copy(model), by_hand(watch.steps[2:], [0.5] * 2)
+    def fit(**kwargs):
+        watch, model = Count(), Frozen(optimizer=ADAM)
+        run = trainer(callbacks=[WeightAverage(decay=0.5), watch, Save(tmp_path, 2, 4)], max_steps=4)
+        run.fit(model, Data(), **kwargs)
+        return watch, copy(model)
+
+    watch, found = fit()
+    assert watch.validated[1] == OTHERS
+    assert watch.validated[2] == sorted([*OTHERS, "network.2.bias", "network.2.weight"])
+    expected = by_hand(watch.steps[2:], [0.5] * 2)
     assert torch.allclose(found["network.2.weight"], expected["network.2.weight"])
+    # nor are they written twice
+    saved = torch.load(tmp_path / "2.ckpt", weights_only=True)
+    assert sorted(saved["current_model_state"]) == OTHERS
+    assert equal(saved["state_dict"] | saved["current_model_state"], watch.steps[1])
+    assert equal(fit(ckpt_path=tmp_path / "2.ckpt")[1], found)
 
 
 def test_a_second_fit_begins_a_new_average(trainer):
