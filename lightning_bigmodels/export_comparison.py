@@ -89,19 +89,28 @@ def compare(name: Format, run: Run, tried: Sequence[Trial], exportable: Exportab
     """
     worst = 0.0
     for trial in tried:
-        for output, expected, found in zip(exportable.output_names, trial.outputs, run(trial.inputs), strict=True):
-            shapes = ", ".join(str(tuple(given.shape)) for given in trial.inputs)
-            where = f"{FILES[name]}, loaded back, differs from the network for inputs {shapes}: output {output!r}"
+        shapes = ", ".join(str(tuple(given.shape)) for given in trial.inputs)
+        where = f"{FILES[name]}, loaded back, differs from the network for inputs {shapes}"
+        several = run(trial.inputs)
+        for output, expected, found in zip(exportable.output_names, trial.outputs, several, strict=True):
+            here = f"{where}: output {output!r}"
             if found.shape != expected.shape:
                 raise RunError(
-                    f"{where} has shape {tuple(found.shape)} and not {tuple(expected.shape)}; {_remedy(name)}"
+                    f"{here} has shape {tuple(found.shape)} and not {tuple(expected.shape)}; {_remedy(name)}"
                 )
             if found.dtype != expected.dtype:
-                raise RunError(f"{where} is {found.dtype} and not {expected.dtype}; {_remedy(name)}")
+                raise RunError(f"{here} is {found.dtype} and not {expected.dtype}; {_remedy(name)}")
+            if exportable.check is not None:
+                continue
             difference, allowed = _difference(found, expected), _allowed(name, expected)
             if not difference <= allowed:
-                raise RunError(f"{where} by up to {difference:.3g}, where {allowed:.3g} is allowed; {_remedy(name)}")
+                raise RunError(f"{here} by up to {difference:.3g}, where {allowed:.3g} is allowed; {_remedy(name)}")
             worst = max(worst, difference)
+        if exportable.check is not None:
+            try:
+                worst = max(worst, exportable.check(exportable.network, trial.inputs, several, TOLERANCES[name]))
+            except RunError as error:
+                raise RunError(f"{where}: {error}; {_remedy(name)}") from error
     return worst
 
 

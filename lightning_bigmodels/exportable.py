@@ -22,6 +22,9 @@ class Exportable(NamedTuple):
         dynamic: For each input, the names of the axes whose length is free; axes of one name have one length.
         description: Plain values that a reader of the outputs needs, such as the names of classes.
         unsupported: For each format that cannot hold this network, why.
+        check: For a network that chooses, where rounding may choose otherwise and numbers in their order cannot be
+            compared: from `network`, inputs, the outputs found for them, and by which share of the greatest numbers may
+            part, to how far they part; it raises RunError where they are not what the network may give.
     """
 
     network: nn.Module
@@ -31,6 +34,7 @@ class Exportable(NamedTuple):
     dynamic: tuple[dict[int, str], ...]
     description: dict[str, Any]
     unsupported: Mapping[Format, str] = MappingProxyType({})
+    check: Callable[[Any, tuple[Tensor, ...], tuple[Tensor, ...], float], float] | None = None
 
 
 class LibraryFolder(NamedTuple):

@@ -82,3 +82,20 @@ def write_voc(folder, name, objects, size=48):
     (folder / "Annotations").mkdir(exist_ok=True)
     (folder / "Annotations" / f"{name}.xml").write_text("\n".join([*lines, "</annotation>"]))
     return folder / "Annotations"
+
+
+def padded(found, number):
+    """Return what a detector finds as its export gives it: `number` rows, of which the last ones are zero."""
+    rows = len(found["labels"])
+    answer = {}
+    for name in ("boxes", "labels", "scores", "masks")[: 4 if "masks" in found else 3]:
+        value = found[name].view(rows, *found[name].shape[-2:]) * 255 if name == "masks" else found[name]
+        value = value.round().to(torch.uint8) if name == "masks" else value
+        answer[name] = torch.cat([value, value.new_zeros(number - rows, *value.shape[1:])])
+    return answer
+
+
+def share_found(expected, found):
+    """Return the share of the expected objects that are among those found, with edges within a hundredth of a pixel."""
+    same = (expected["boxes"][:, None] - found["boxes"]).abs().amax(dim=2) < 1e-2
+    return (same & (expected["labels"][:, None] == found["labels"])).any(dim=1).float().mean().item()

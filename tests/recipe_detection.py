@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from lightning_bigmodels import DetectionImages, ObjectDetector
 from lightning_bigmodels.export import load_exported
+from lightning_bigmodels.networks.fixed_detection_check import check_found
 from tests import boxes, contract
 
 SIZE = 48
@@ -93,18 +94,19 @@ class Contract(contract.Contract):
             assert torch.equal(value, model.network.state_dict()[name]), name
         description = json.loads((folder / "description.json").read_text())
         assert description["class_names"] == list("0123456789")
-        if model.network_name == "fasterrcnn_small":
-            assert set(description["unsupported"]) == {"torch", "onnx"}
-            return
-        for image, _ in boxes.digits(2, SIZE, "test"):
-            with torch.no_grad():
-                (expected,) = model.detect([image])
-            number = len(expected["labels"])
-            assert number > 0
-            for kind in ("torch", "onnx"):
-                found = load_exported(folder, kind)(image)
-                assert found["labels"].tolist() == expected["labels"].tolist() + [0] * (len(found["labels"]) - number)
-                torch.testing.assert_close(found["boxes"][:number], expected["boxes"], atol=1e-3, rtol=0)
+        assert description["unsupported"] == {}
+        fixed = model.exportable().network
+        for kind in ("torch", "onnx"):
+            run = load_exported(folder, kind)
+            for image, _ in boxes.digits(2, SIZE, "test"):
+                with torch.no_grad():
+                    (expected,) = model.detect([image])
+                assert len(expected["labels"]) > 0
+                found = run(image)
+                # of scores that differ by rounding alone either may be the better one
+                for answer in (found, boxes.padded(expected, len(found["labels"]))):
+                    check_found(fixed, image, tuple(answer.values()), 1e-4)
+                assert boxes.share_found(expected, found) > 0.9
 
     def without_randomness(self, recipe):
         # in the first steps many proposals score nearly the same, and rounding decides which of them survive

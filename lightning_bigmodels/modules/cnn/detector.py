@@ -5,7 +5,7 @@ from typing import Any, final
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual as InvertedResidualV2
 from torchvision.models.mobilenetv3 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -14,7 +14,9 @@ from typing_extensions import override
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.modules.cnn import detectors
 from lightning_bigmodels.networks.detection import DetectionNetwork
-from lightning_bigmodels.networks.fixed_detection import FixedDetector, can_be_fixed
+from lightning_bigmodels.networks.fixed_detection import FixedDetector, OneStage
+from lightning_bigmodels.networks.fixed_detection_check import check_found
+from lightning_bigmodels.networks.fixed_two_stages import TwoStages
 from lightning_bigmodels.optim import ScheduleCallable
 from lightning_bigmodels.tasks import Exportable
 from lightning_bigmodels.tasks.detection import Detection
@@ -150,16 +152,14 @@ class ObjectDetector(Detection):
         network = self.network
         assert network is not None
         side = int(max(network.body.transform.min_size))  # type: ignore[arg-type, union-attr]
-        fixed = can_be_fixed(network)
-        reason = (
-            f"{self.network_name} looks at as many places of a picture as its first stage finds, and the shapes of an "
-            f"exported program do not depend on what it finds"
-        )
+        two_stages = hasattr(network.body, "roi_heads")
+        fixed: FixedDetector = TwoStages(network) if two_stages else OneStage(network)
+        masks = {"masks": "255 times the probability of each pixel; 128 and more is the object"}
         return Exportable(
-            network=FixedDetector(network) if fixed else _Separate(network),
+            network=fixed,
             inputs=(torch.zeros(3, side, side, dtype=torch.uint8),),
             input_names=("image",),
-            output_names=("boxes", "labels", "scores"),
+            output_names=("boxes", "labels", "scores", *(("masks",) if fixed.finds_masks else ())),
             dynamic=({},),
             description={
                 "network": self.network_name,
@@ -167,19 +167,7 @@ class ObjectDetector(Detection):
                 "class_names": self.class_names,
                 "category_ids": self.category_ids,
                 "boxes": "left, top, right, bottom in pixels; rows of label 0 are none; label 1 is the first class",
+                **(masks if fixed.finds_masks else {}),
             },
-            unsupported={} if fixed else {"torch": reason, "onnx": reason},
+            check=lambda network, inputs, found, rounding: check_found(network, inputs[0], found, rounding),
         )
-
-
-class _Separate(nn.Module):
-    """A detector of one picture that returns a tuple."""
-
-    def __init__(self, network: DetectionNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return boxes (N, 4), labels (N,) and scores (N,) of a picture (3, H, W) uint8."""
-        found = self.network([image])[0]
-        return found["boxes"], found["labels"], found["scores"]

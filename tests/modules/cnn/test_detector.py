@@ -13,7 +13,6 @@ from lightning_bigmodels.data.batches import FILLER
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.modules.cnn import detectors
 from lightning_bigmodels.networks.detection import PictureSampler
-from lightning_bigmodels.networks.fixed_detection import FixedDetector
 from tests import boxes
 from tests.workers import fit_on
 
@@ -102,33 +101,6 @@ def test_what_is_found_does_not_hang_on_the_neighbours_size():
         both, alone = model.detect(images), model.detect(images[:1])
     assert all(torch.equal(both[0][name], alone[0][name]) for name in alone[0])
     assert len(both[0]["boxes"]) > 0
-
-
-@pytest.mark.parametrize("name", ["fcos_small", "retinanet_small", "ssdlite320_mobilenet_v3_large"])
-def test_the_fixed_detector_finds_what_the_detector_finds(name):
-    options = SMALL if name in OWN else {}
-    model = detector(name, network_args={**options, "score_thresh": 0.0}).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.network.named_parameters():
-            if "classification" in parameter_name and parameter_name.endswith("bias"):
-                parameter.normal_(std=0.3)  # scores apart from one another
-        for module in model.network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 1.0  # statistics of real activations, which would vanish otherwise
-        images, targets = objects()
-        model.network.train()(images, targets, [0, 1, 2])
-        model.eval()
-    image = torch.randint(256, (3, 48, 60), dtype=torch.uint8)
-    with torch.no_grad():
-        (expected,) = model.detect([image])
-        found, labels, scores = FixedDetector(model.network)(image)
-    number = min(50, len(expected["labels"]))
-    assert number > 10
-    torch.testing.assert_close(scores[:number], expected["scores"][:number])
-    same = (labels[:number] == expected["labels"][:number]).float().mean()
-    assert same > 0.9  # of equal scores either may come first
-    near = torch.isclose(found[:number], expected["boxes"][:number], atol=1e-2).all(dim=1).float().mean()
-    assert near > 0.9
 
 
 # ---- weights
