@@ -135,9 +135,9 @@ def _inception(weights: str | None) -> InceptionFeatures:
             "features inception needs torch-fidelity, which is not installed; install it with: pip install "
             "torch-fidelity"
         ) from error
-    except (OSError, RuntimeError) as error:
+    except (UnpicklingError, OSError, RuntimeError) as error:
         raise InputError(
-            f"inception's weights cannot be had ({error}); set inception_weights to the file "
-            f"pt_inception-2015-12-05-6726825d.pth of torch-fidelity"
+            f"inception's weights cannot be had ({error}); set inception_weights to torch-fidelity's file "
+            f"weights-inception-2015-12-05-6726825d.pth"
         ) from error
     return InceptionFeatures(made.inception)

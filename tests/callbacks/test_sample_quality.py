@@ -233,7 +233,7 @@ def test_features_that_cannot_be_had_are_refused_with_what_to_do(tmp_path, monke
         raise OSError("no network")
 
     monkeypatch.setattr(fid, "FrechetInceptionDistance", offline)
-    with pytest.raises(InputError, match=r"weights cannot be had \(no network\); set inception_weights to the file"):
+    with pytest.raises(InputError, match=r"weights cannot be had \(no network\); set inception_weights to torch-fid"):
         load_features("inception")
 
 

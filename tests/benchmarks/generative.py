@@ -1,0 +1,349 @@
+"""Trains a GAN and a diffusion model beside the loops that people copy, for equal times, and compares the pictures.
+
+The GAN's opponent is a loop written after the public DCGAN example of PyTorch: pictures are transformed one by one and
+loaded by two workers, everything is float32, Adam with 2e-4 and betas 0.5 and 0.999, binary cross entropy behind a
+sigmoid, three passes of the discriminator a step, samples with the statistics of their own batch. The diffusion model's
+opponent is a loop written after diffusers' example of unconditional training, with its defaults: pictures transformed
+one by one, batches of 16, float32, AdamW with 1e-4, betas 0.95 and 0.999 and weight decay 1e-6, a cosine schedule and
+500 steps of warm-up, gradients clipped at 1, diffusers' own average of the weights. Both opponents train the very
+networks that ours trains, and none of their code is copied.
+
+Ours is the recipe: its model, batches, optimizers, precision and average of the weights. Two contestants run in one
+process and take turns of a few seconds, so that what else the machine does falls on both. Each counts its own time, and
+stops when that is up. Then both make pictures of the same numbers, and these are compared with real ones (FID; lower is
+better) by pixels and, if a checkpoint of an `ImageClassifier` is given, by what that sees. Diffusion models are sampled
+in the same way on both sides, as the recipe does.
+
+    python tests/benchmarks/generative.py --root FOLDER --features fashion.ckpt  # about twelve minutes on two cores
+    python tests/benchmarks/generative.py --root FOLDER --quick                  # only shows that all runs
+"""
+
+import argparse
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.cli import LightningArgumentParser
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import lightning_bigmodels
+from lightning_bigmodels.callbacks import WeightAverage
+from lightning_bigmodels.callbacks.picture_features import PIXELS, load_features, metric_name
+from lightning_bigmodels.recipe_files import find_config
+from lightning_bigmodels.tasks.sample_comparison import SampleComparison
+from lightning_bigmodels.tasks.sample_noise import SampleNoise
+
+FASTER = 1.2
+TURN = 5.0  # seconds
+
+
+class Turns:
+    """Lets two threads work in turn, and keeps the time of each.
+
+    Args:
+        seconds: What each may use.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.used = [0.0, 0.0]
+        self.images = [0, 0]
+        self.steps = [0, 0]
+        self._there = [True, True]
+        self._whose = 0
+        self._since = self._turn = 0.0
+        self._changed = threading.Condition()
+
+    def begin(self, me: int) -> None:
+        """Wait for one's first turn."""
+        with self._changed:
+            self._wait(me)
+
+    def step(self, me: int, images: int) -> bool:
+        """Count a step, let the other work if it is its turn, and return whether there is time left."""
+        with self._changed:
+            now = time.perf_counter()
+            self.used[me] += now - self._since
+            self.images[me] += images
+            self.steps[me] += 1
+            self._since = now
+            if now - self._turn > TURN and self._there[1 - me]:
+                self._whose = 1 - me
+                self._changed.notify_all()
+                self._wait(me)
+        return self.used[me] < self.seconds
+
+    def end(self, me: int) -> None:
+        """Leave the rest to the other."""
+        with self._changed:
+            self._there[me] = False
+            self._whose = 1 - me
+            self._changed.notify_all()
+
+    def _wait(self, me: int) -> None:
+        self._changed.wait_for(lambda: self._whose == me or not self._there[1 - me])
+        self._since = self._turn = time.perf_counter()
+
+
+class Recipe:
+    """What a recipe trains, built as the command builds it.
+
+    Args:
+        name: The recipe's.
+        root: Folder of the pictures.
+        model: Arguments of the model that differ.
+        quick: Few pictures.
+    """
+
+    def __init__(self, name: str, root: str, model: dict[str, Any], quick: bool) -> None:
+        config = yaml.safe_load(Path(find_config(name)).read_text(encoding="utf-8"))
+        config["model"]["init_args"] |= model
+        config["data"]["init_args"] |= {"root": root, "num_workers": 0}
+        self.config = {"model": config["model"], "data": config["data"]}
+        self.precision = config["trainer"].get("precision", "32-true")
+        self.batch_size = config["data"]["init_args"]["batch_size"]
+        averages = [one for one in config["trainer"]["callbacks"] if one["class_path"] == "WeightAverage"]
+        self.average = averages[0].get("init_args", {}) if averages else None
+        self.data = self._built("data")
+        self.data.setup("fit")
+        part = self.data.parts["train"]
+        self.pictures = torch.stack([part.read(index).image for index in range(1000 if quick else len(part))])
+
+    def model(self) -> Any:
+        return self._built("model")
+
+    def _built(self, part: str) -> Any:
+        # a class is known by its short name once it is imported
+        getattr(lightning_bigmodels, self.config[part]["class_path"])
+        parser = LightningArgumentParser(exit_on_error=False)
+        kind = {"model": LightningModule, "data": LightningDataModule}[part]
+        parser.add_lightning_class_args(kind, part, subclass_mode=True)
+        return parser.instantiate_classes(parser.parse_object({part: self.config[part]}))[part]
+
+
+class _Timed(Callback):
+    """Takes turns after each step of the Trainer, and stops it when its time is up."""
+
+    def __init__(self, turns: Turns, batch_size: int) -> None:
+        self.turns, self.batch_size = turns, batch_size
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.turns.begin(0)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if not self.turns.step(0, self.batch_size):
+            trainer.should_stop = True
+
+
+Maker = Callable[[Tensor], Tensor]
+Opponent = Callable[[Any, Tensor, Turns, int], Maker]
+
+
+def ours(recipe: Recipe, turns: Turns, max_steps: int) -> Maker:
+    """Train the recipe in `fit`, and return what makes pictures of numbers."""
+    seed_everything(0, verbose=False)
+    model = recipe.model()
+    average = [] if recipe.average is None else [WeightAverage(**recipe.average)]
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        precision=recipe.precision,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*average, _Timed(turns, recipe.batch_size)],
+    )
+    try:
+        trainer.fit(model, recipe.data)
+    finally:
+        turns.end(0)
+    model.eval()
+    return lambda numbers: model.generate_pictures(SampleNoise(numbers, seed=1))
+
+
+class OneByOne(Dataset[Tensor]):
+    """Pictures as a data set of torchvision has them: each becomes a Pillow image, is transformed, and a tensor."""
+
+    def __init__(self, pictures: Tensor, steps: list[Any]) -> None:
+        self.arrays = pictures[:, 0].numpy()
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(Image.fromarray(self.arrays[index], mode="L"))
+
+
+def epochs(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
+    while True:
+        yield from loader
+
+
+def after_dcgan(model: Any, pictures: Tensor, turns: Turns, total_steps: int, batch_size: int = 128) -> Maker:
+    """Train the generator and the discriminator of a GAN as PyTorch's public example does."""
+    size = model.image_shape[1]
+    steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]
+    data = OneByOne(pictures, [*steps, transforms.Normalize((0.5,), (0.5,))])
+    loader = DataLoader(data, batch_size, shuffle=True, num_workers=2)
+    generator, discriminator = model.network.train(), model.discriminator.train()
+    criterion = nn.BCELoss()
+    adams = [torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999)) for net in (discriminator, generator)]
+
+    def judged(images: Tensor, label: float) -> Tensor:
+        output = discriminator(images).sigmoid().view(-1)
+        return criterion(output, torch.full_like(output, label))
+
+    turns.begin(1)
+    try:
+        for real in epochs(loader):
+            discriminator.zero_grad()
+            judged(real, 1.0).backward()
+            made = generator(torch.randn(len(real), model.latent_dim))
+            judged(made.detach(), 0.0).backward()
+            adams[0].step()
+            generator.zero_grad()
+            judged(made, 1.0).backward()
+            adams[1].step()
+            if not turns.step(1, len(real)):
+                break
+    finally:
+        turns.end(1)
+
+    def generate(numbers: Tensor) -> Tensor:
+        made = generator(SampleNoise(numbers, seed=1).normal(model.latent_dim))
+        return ((made / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    return generate
+
+
+def after_diffusers(model: Any, pictures: Tensor, turns: Turns, total_steps: int, batch_size: int = 16) -> Maker:
+    """Train the network of a diffusion model as diffusers' example does."""
+    from diffusers import DDPMScheduler
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    size = model.image_shape[1]
+    bilinear = transforms.InterpolationMode.BILINEAR
+    steps = [transforms.Resize(size, interpolation=bilinear), transforms.CenterCrop(size), transforms.ToTensor()]
+    data = OneByOne(pictures, [*steps, transforms.Normalize([0.5], [0.5])])
+    loader = DataLoader(data, batch_size, shuffle=True, num_workers=0)
+    network = model.network.train()
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=total_steps)
+    average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    turns.begin(1)
+    try:
+        for clean in epochs(loader):
+            noise = torch.randn_like(clean)
+            times = torch.randint(0, 1000, (len(clean),))
+            predicted = network(scheduler.add_noise(clean, noise, times), times).sample
+            F.mse_loss(predicted.float(), noise.float()).backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            rate.step()
+            optimizer.zero_grad()
+            average.step(network.parameters())
+            if not turns.step(1, len(clean)):
+                break
+    finally:
+        turns.end(1)
+    average.copy_to(network.parameters())
+    model.eval()
+    return lambda numbers: model.generate_pictures(SampleNoise(numbers, seed=1))
+
+
+@dataclass
+class Judge:
+    """Compares pictures of the first numbers with as many real ones."""
+
+    real: Tensor
+    networks: dict[str, nn.Module]
+
+    @torch.no_grad()
+    def __call__(self, generate: Maker) -> dict[str, float]:
+        metrics = {name: SampleComparison() for name in self.networks}
+        for numbers in torch.arange(len(self.real)).split(128):
+            made = generate(numbers)
+            for name, network in self.networks.items():
+                metrics[name].update(numbers, network(self.real[numbers]), network(made))
+        return {name: float(metric.compute()["fid"]) for name, metric in metrics.items()}
+
+
+def run(recipe: Recipe, opponent: Opponent, turns: Turns, steps: list[int]) -> list[Maker]:
+    """Train both, ours on this thread, and return what makes pictures of each."""
+    model = recipe.model()
+    model.configure_model()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(opponent, model, recipe.pictures, turns, steps[1])
+        return [ours(recipe, turns, steps[0]), other.result()]
+
+
+def contest(title: str, recipe: Recipe, opponent: Opponent, judge: Judge, seconds: float) -> None:
+    """Run both, and say how many pictures each trained on and how well it paints."""
+    # schedules need the number of steps, which a trial tells
+    trial = Turns(seconds / 12)
+    run(recipe, opponent, trial, [10**6, 10**6])
+    steps = [max(10, int(done / used * seconds)) for done, used in zip(trial.steps, trial.used, strict=True)]
+    turns = Turns(seconds)
+    results = [judge(maker) for maker in run(recipe, opponent, turns, steps)]
+    print(f"\n{title}, {seconds:.0f} s each")
+    rates = [images / used for images, used in zip(turns.images, turns.used, strict=True)]
+    for name, place in {"ours": 0, "theirs": 1}.items():
+        values = "".join(f"   FID by {features} {value:.3f}" for features, value in results[place].items())
+        print(f"  {name:<8}{turns.used[place]:6.1f} s{turns.steps[place]:7} steps{rates[place]:8.0f} images/s{values}")
+    ratio = rates[0] / rates[1]
+    print(f"  images/s: {ratio:.2f} times theirs, at least {FASTER}: {'PASS' if ratio >= FASTER else 'MISSED'}")
+    for features, value in results[0].items():
+        verdict = "PASS" if value <= results[1][features] else "MISSED"
+        print(f"  FID by {features}: {value:.3f}, at most theirs, {results[1][features]:.3f}: {verdict}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data/usr/share/datasets/fashion-mnist", help="Folder of Fashion-MNIST.")
+    parser.add_argument("--features", help="Checkpoint of an ImageClassifier, to compare by too.")
+    parser.add_argument("--seconds", type=float, default=150.0, help="Training time of each contestant.")
+    parser.add_argument("--pictures", type=int, default=1024, help="Pictures that are compared.")
+    parser.add_argument("--only", choices=("gan", "diffusion"), help="One of the two contests.")
+    parser.add_argument("--quick", action="store_true", help="Seconds and few pictures: only shows that all runs.")
+    args = parser.parse_args()
+    if args.quick:
+        args.seconds, args.pictures = 6.0, 32
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    networks = {PIXELS: load_features(PIXELS)}
+    if args.features:
+        networks[metric_name(args.features)] = load_features(args.features)
+    contests: dict[str, tuple[str, Opponent, dict[str, Any]]] = {
+        "gan": ("gan/dcgan", after_dcgan, {"num_classes": 0}),
+        # the example knows no classes
+        "diffusion": ("diffusion/ddpm", after_diffusers, {"num_classes": 0, "guidance_scale": 1.0}),
+    }
+    for kind, (name, opponent, model) in contests.items():
+        if args.only in (None, kind):
+            recipe = Recipe(name, args.root, model, args.quick)
+            held_out = recipe.data.parts["val"]
+            real = held_out.__getitems__(list(range(min(args.pictures, len(held_out)))))["images"]
+            contest(name, recipe, opponent, Judge(real, networks), args.seconds)
+
+
+if __name__ == "__main__":
+    main()
