@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -205,16 +205,17 @@ class Alternation(Task, ABC):
         trainer = self.trainer
         self.configure_gradient_clipping(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
 
-    @contextmanager
-    def _without_reducer(self) -> Iterator[None]:
+    def _without_reducer(self) -> AbstractContextManager[None]:
         model = self.trainer.strategy.model
-        if not isinstance(model, DistributedDataParallel):
-            yield
-            return
-        with model.no_sync():
-            yield
-        # buffers are still the first process's
-        model.require_forward_param_sync = True
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        model = self.trainer.strategy.model
+        if isinstance(model, DistributedDataParallel):
+            # averages of batch norm are those of the first process, also behind a pass that its reducer took no part in
+            model.require_forward_param_sync = True
 
     # ---- checkpoints
 

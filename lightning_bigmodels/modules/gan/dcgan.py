@@ -144,6 +144,21 @@ class GAN(Alternation, PictureGeneration):
         self.metrics = nn.ModuleDict({name: MeanMetric() for name in names})
         self.save_hyperparameters()
 
+    # ---- data
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        if self.num_classes and names is not None and not names and stage != "predict":
+            self._refuse_without_classes()
+
+    def _refuse_without_classes(self) -> None:
+        raise InputError(
+            f"the pictures have no class each, and model.num_classes is {self.num_classes}; set data.labelled to true "
+            f"and give a source with one class for each picture, or set model.num_classes to 0"
+        )
+
     # ---- the networks
 
     @override
@@ -260,11 +275,8 @@ class GAN(Alternation, PictureGeneration):
             return None
         labels = batch.get("labels")
         if labels is None or labels.ndim != 1:
-            raise InputError(
-                f"the pictures have no class each, and model.num_classes is {self.num_classes}; set data.labelled to "
-                f"true, with one class for each picture, or model.num_classes to 0"
-            )
-        return labels.clamp(min=0)
+            self._refuse_without_classes()
+        return cast(Tensor, labels).clamp(min=0)
 
     # ---- pictures
 
@@ -288,7 +300,7 @@ class GAN(Alternation, PictureGeneration):
             description={
                 "latents": "numbers of a normal distribution with mean 0 and variance 1",
                 "pictures": "uint8 (B, C, H, W)",
-                **({"classes": self.class_names} if self.num_classes else {}),
+                **({"class_names": self.class_names} if self.num_classes else {}),
             },
         )
 

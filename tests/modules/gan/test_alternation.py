@@ -277,3 +277,25 @@ def test_strategies_of_one_backward_pass_are_refused():
 def test_the_discriminators_steps_are_checked():
     with pytest.raises(InputError, match=r"discriminator_steps is 0; set it to 1 or more"):
         tiny(discriminator_steps=0)
+
+
+def test_without_synchronized_batch_norm_all_processes_validate_the_firsts():
+    more = {"max_steps": 3, "val_check_interval": 3, "limit_val_batches": 2}
+    first, second = fit_on(2, "ddp", lambda: tiny(discriminator_norm="batch"), lambda: BarsData(5), **more)
+    assert equal(second.weights, first.weights)
+
+
+def test_a_batch_that_only_keeps_step_teaches_neither_network(trainer):
+    """A process whose loader has run out takes part with its last batch (`EvenBatches`, mode join)."""
+
+    class Joined(GAN):
+        def on_train_batch_start(self, batch, batch_idx):
+            self._batch_counts = self.trainer.global_step > 1
+
+    model = Joined(SIZE, 1, latent_dim=8, generator_features=4, discriminator_features=4)
+    model.configure_model()
+    before = [parameter.clone() for parameter in model.parameters()]
+    trainer(max_steps=2).fit(model, BarsData())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    trainer(max_steps=3).fit(model, BarsData())
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
