@@ -48,6 +48,7 @@ from lightning_bigmodels.tasks.sample_noise import SampleNoise
 
 FASTER = 1.2
 TURN = 5.0  # seconds
+EXAMPLE = {"prediction": "epsilon", "noise_schedule": "linear", "min_snr_gamma": None, "channels_last": False}
 
 
 class Turns:
@@ -105,14 +106,16 @@ class Recipe:
         name: The recipe's.
         root: Folder of the pictures.
         model: Arguments of the model that differ.
+        other: Arguments in which the opponent's model differs from ours.
         quick: Few pictures.
     """
 
-    def __init__(self, name: str, root: str, model: dict[str, Any], quick: bool) -> None:
+    def __init__(self, name: str, root: str, model: dict[str, Any], other: dict[str, Any], quick: bool) -> None:
         config = yaml.safe_load(Path(find_config(name)).read_text(encoding="utf-8"))
         config["model"]["init_args"] |= model
         config["data"]["init_args"] |= {"root": root, "num_workers": 0}
-        self.config = {"model": config["model"], "data": config["data"]}
+        theirs = {**config["model"], "init_args": config["model"]["init_args"] | other}
+        self.config = {"model": config["model"], "theirs": theirs, "data": config["data"]}
         self.precision = config["trainer"].get("precision", "32-true")
         self.batch_size = config["data"]["init_args"]["batch_size"]
         averages = [one for one in config["trainer"]["callbacks"] if one["class_path"] == "WeightAverage"]
@@ -125,11 +128,16 @@ class Recipe:
     def model(self) -> Any:
         return self._built("model")
 
+    def opponents_model(self) -> Any:
+        model = self._built("theirs")
+        model.configure_model()
+        return model
+
     def _built(self, part: str) -> Any:
         # a class is known by its short name once it is imported
         getattr(lightning_bigmodels, self.config[part]["class_path"])
         parser = LightningArgumentParser(exit_on_error=False)
-        kind = {"model": LightningModule, "data": LightningDataModule}[part]
+        kind = LightningDataModule if part == "data" else LightningModule
         parser.add_lightning_class_args(kind, part, subclass_mode=True)
         return parser.instantiate_classes(parser.parse_object({part: self.config[part]}))[part]
 
@@ -233,7 +241,7 @@ def after_dcgan(model: Any, pictures: Tensor, turns: Turns, total_steps: int, ba
 
 
 def after_diffusers(model: Any, pictures: Tensor, turns: Turns, total_steps: int, batch_size: int = 16) -> Maker:
-    """Train the network of a diffusion model as diffusers' example does."""
+    """Train the network of a diffusion model as diffusers' example does; `model` samples by the same schedule."""
     from diffusers import DDPMScheduler
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
@@ -288,8 +296,7 @@ class Judge:
 
 def run(recipe: Recipe, opponent: Opponent, turns: Turns, steps: list[int]) -> list[Maker]:
     """Train both, ours on this thread, and return what makes pictures of each."""
-    model = recipe.model()
-    model.configure_model()
+    model = recipe.opponents_model()
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(opponent, model, recipe.pictures, turns, steps[1])
         return [ours(recipe, turns, steps[0]), other.result()]
@@ -332,14 +339,14 @@ def main() -> None:
     networks = {PIXELS: load_features(PIXELS)}
     if args.features:
         networks[metric_name(args.features)] = load_features(args.features)
-    contests: dict[str, tuple[str, Opponent, dict[str, Any]]] = {
-        "gan": ("gan/dcgan", after_dcgan, {"num_classes": 0}),
-        # the example knows no classes
-        "diffusion": ("diffusion/ddpm", after_diffusers, {"num_classes": 0, "guidance_scale": 1.0}),
+    # the examples know no classes
+    contests: dict[str, tuple[str, Opponent, dict[str, Any], dict[str, Any]]] = {
+        "gan": ("gan/dcgan", after_dcgan, {"num_classes": 0}, {}),
+        "diffusion": ("diffusion/ddpm", after_diffusers, {"num_classes": 0, "guidance_scale": 1.0}, EXAMPLE),
     }
-    for kind, (name, opponent, model) in contests.items():
+    for kind, (name, opponent, model, other) in contests.items():
         if args.only in (None, kind):
-            recipe = Recipe(name, args.root, model, args.quick)
+            recipe = Recipe(name, args.root, model, other, args.quick)
             held_out = recipe.data.parts["val"]
             real = held_out.__getitems__(list(range(min(args.pictures, len(held_out)))))["images"]
             contest(name, recipe, opponent, Judge(real, networks), args.seconds)
