@@ -31,6 +31,8 @@ from tests.workers import run_on
 PARAMETERS = {
     "detection/digits": 591_216,
     "detection/fasterrcnn_coco": 41_704_036,
+    "diffusion/ddpm": 686_769,
+    "diffusion/flow_matching": 687_473,
     "image/quickstart": 89_930,
     "image/fashion_mnist": 1_226_442,
     "image/finetune_efficientnet": 4_054_945,

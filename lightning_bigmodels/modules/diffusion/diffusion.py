@@ -225,6 +225,16 @@ class Diffusion(PictureGeneration):
     # ---- loss
 
     @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        if self.num_classes and names is not None and not names and stage != "predict":
+            raise InputError(
+                f"the pictures have no class each, and model.num_classes is {self.num_classes}; set data.labelled to "
+                f"true and give pictures with classes, or set model.num_classes to 0"
+            )
+
+    @override
     def step(self, phase: Phase, batch: ImageBatch) -> Tensor:
         self.check_pictures(batch["images"])
         noise = self.noise(phase, batch["indices"])

@@ -10,6 +10,7 @@ from lightning_bigmodels.modules.diffusion.bound import bits_per_dimension
 from lightning_bigmodels.tasks.sample_noise import SampleNoise
 from tests.modules.diffusion.toys import DIT, UNET, batch_of, tiny
 from tests.toy_pictures import write_folders
+from tests.workers import fit_on
 
 KINDS = [
     {},
@@ -172,3 +173,22 @@ def test_data_that_do_not_fit_are_refused():
         model.step("train", batch | {"images": torch.zeros(2, 1, 6, 6, dtype=torch.uint8)})
     with pytest.raises(InputError, match="several classes each; give data with one"):
         model.step("train", batch | {"labels": torch.zeros(2, 3)})
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_dit_learns_on_two_processes_as_on_one(strategy, tmp_path):
+    source = str(write_folders(tmp_path / "pictures", {"cat": 8, "dog": 8}))
+
+    def fit(processes, strategy):
+        return fit_on(
+            processes,
+            strategy,
+            lambda: Diffusion("DiTTransformer2DModel", DIT, image_size=8, channels=1, num_classes=2),
+            lambda: Images(source, image_size=8, channels=1, val_fraction=0, batch_size=8 // processes),
+        )
+
+    alone, several = fit(1, "auto")[0], fit(2, strategy)
+    mean = [sum(pair) / 2 for pair in zip(*(one.losses for one in several), strict=True)]
+    assert mean == pytest.approx(alone.losses, rel=1e-4)
+    for name, value in alone.weights.items():
+        assert torch.allclose(several[0].weights[name], value, atol=2e-3), name
