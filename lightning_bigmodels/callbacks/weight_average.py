@@ -21,9 +21,10 @@ class WeightAverage(Callback):
     """Keeps an exponential moving average of the weights, and shows it wherever the weights are looked at.
 
     From the first update on, validation with all that other callbacks do in it, checkpoints and what the fit leaves
-    behind hold the average of parameters and floating-point buffers; training goes on from its own weights. A resumed
-    fit continues both, bit for bit, under any number of processes and any strategy: each process averages its shards.
-    One copy of what is trained is kept. A fit that is resumed from a checkpoint without an average begins one.
+    behind hold the average of parameters and floating-point buffers; training goes on from its own weights. Each
+    process keeps one copy of what it trains: under sharding strategies, of its shards. A resumed fit continues both,
+    bit for bit, and on other processes or under another strategy within rounding. A fit that is resumed from a
+    checkpoint without an average begins one; one that is resumed without this callback goes on from the average.
 
     Args:
         decay: What remains of the average at each update; it reaches over about 1 / (1 - decay) updates.

@@ -217,7 +217,7 @@ def test_after_an_error_within_a_forward_pass_of_validation_the_shards_are_those
 @pytest.mark.parametrize("processes", [1, 2])
 def test_fsdp1_averages_its_flat_shards(processes, tmp_path):
     def fit(strategy, count, *callbacks, **settings):
-        # Lightning 2.6 does not go on exactly from a state of Adam under FSDP1, with or without an average
+        # with Adam this subclass does not go on exactly, with or without an average (Lightning 2.6)
         sgd = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.5)
         callbacks = [WeightAverage(decay=0.5), *callbacks]
         return fit_on(count, strategy, lambda: Net(optimizer=sgd), Data, callbacks=callbacks, **settings)
