@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_bigmodels.callbacks.picture_features import PIXELS, load_features, metric_name
 from lightning_bigmodels.callbacks.report import show
-from lightning_bigmodels.callbacks.samples import MakesPicturesOf
+from lightning_bigmodels.callbacks.samples import MakesPicturesOf, check_strategy
 from lightning_bigmodels.data.batches import FILLER
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.tasks.picture_generation import PictureGeneration
@@ -81,6 +81,7 @@ class SampleQuality(Callback):
                 f"{type(pl_module).__name__} makes no pictures that SampleQuality could compare; remove it from "
                 f"trainer.callbacks"
             )
+        check_strategy(trainer, "SampleQuality")
         if not self._networks and stage != "predict":
             self._networks = {name: load_features(one, self.inception_weights) for name, one in self.features.items()}
 

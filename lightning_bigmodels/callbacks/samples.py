@@ -5,6 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from typing_extensions import override
 
@@ -83,6 +84,8 @@ class Samples(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, (_MakesTexts, PictureGeneration, MakesPicturesOf)):
             raise InputError(f"{type(pl_module).__name__} generates nothing that Samples could show; remove Samples")
+        if not isinstance(pl_module, _MakesTexts):
+            check_strategy(trainer, "Samples")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -174,3 +177,15 @@ class Samples(Callback):
         if made.shape[-1] < _TINY:
             made = made.repeat_interleave(2, 2).repeat_interleave(2, 3)
         return grid([as_rgb(one) for one in made], columns)
+
+
+def check_strategy(trainer: Trainer, name: str) -> None:
+    """Refuse to make pictures where the network answers only inside of a step.
+
+    Raises:
+        InputError: the strategy is Lightning's fsdp.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy):
+        raise InputError(
+            f"{name} cannot make pictures under the strategy fsdp, which gathers a network in its steps only; use fsdp2"
+        )

@@ -1,19 +1,22 @@
 """Grids of generated pictures, by class and by prompt, and the animation of them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy
 from PIL import Image, ImageSequence
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from lightning_bigmodels.callbacks import Samples, WeightAverage
+from lightning_bigmodels.callbacks import SampleQuality, Samples, WeightAverage
 from lightning_bigmodels.callbacks.animation import animate
 from lightning_bigmodels.callbacks.report import write_picture
 from lightning_bigmodels.callbacks.validation_pictures import grid
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.pictures import captioned, wrapped
 from lightning_bigmodels.tasks.sample_noise import SampleNoise
-from tests.painters import SIZE, Painter, pictures, write_pictures
+from tests.painters import Painter, pictures, write_pictures
 from tests.workers import fit_on
 
 
@@ -192,4 +195,7 @@ def test_processes_make_the_grid_of_one_together(processes, strategy, file, tmp_
 def test_what_cannot_be_shown_is_refused():
     with pytest.raises(InputError, match="num_pictures is 0; it must be 1 or more"):
         Samples(num_pictures=0)
-    assert SIZE == 12
+    run = SimpleNamespace(strategy=FSDPStrategy())
+    for callback in (Samples(), SampleQuality()):
+        with pytest.raises(InputError, match="cannot make pictures under the strategy fsdp, .* use fsdp2"):
+            callback.setup(run, Painter(), "fit")
