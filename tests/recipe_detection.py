@@ -17,11 +17,14 @@ from tests import boxes, contract
 SIZE = 48
 PICTURES = 200
 SMALL = {"min_size": SIZE, "width": 16, "channels": 32}
+# so few of the first stage's boxes are looked at by the second
+FEW = {f"rpn_{kind}_nms_top_n_{part}": n for kind, n in (("pre", 200), ("post", 64)) for part in ("train", "test")}
 
 
 class Contract(contract.Contract):
     metric = "val_loss"
     steps = 60
+    short_steps = 6
 
     def tiny(self, recipe, folder):
         full = recipe["model"]["init_args"]["network"]
@@ -36,7 +39,7 @@ class Contract(contract.Contract):
             data |= {"source": str(path), "images": str(folder / "coco" / "pictures")}
             data |= {"val_source": None, "val_images": None, "augmentations": None, "bad_boxes": "error"}
             # as many proposals of each picture as there are for certain: the loss is a mean over those drawn
-            model |= {"network": "fasterrcnn_small", "network_args": {**SMALL, "box_batch_size_per_image": 16}}
+            model |= {"network": "fasterrcnn_small", "network_args": {**SMALL, **FEW, "box_batch_size_per_image": 16}}
             model |= {"backbone_weights": None, "trainable_backbone_layers": None, "frozen_batch_norm": None}
             model |= {"optimizer": {"init_args": {"lr": 0.05}}}
             model |= {"schedule": {"init_args": {"warmup": 5}}}
