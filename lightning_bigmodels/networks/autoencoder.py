@@ -195,6 +195,8 @@ class PictureCoder(nn.Module):
         pixel_scales: C where one log scale for each channel is learned apart from the decoder; 0: none is.
     """
 
+    zero: Tensor
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -210,6 +212,8 @@ class PictureCoder(nn.Module):
         self.latent_shape = latent_shape
         self.gaussian = gaussian
         self.quantizer = quantizer
+        # of the weights' dtype, whatever that becomes, and on their device
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
         # a matrix of one row would be decayed
         self.pixel_scales = nn.Parameter(torch.zeros(pixel_scales)) if pixel_scales else None
 
@@ -219,7 +223,7 @@ class PictureCoder(nn.Module):
         Args:
             images: (B, C, H, W), uint8 or in [-1, 1].
         """
-        found = self.encoder(scaled(images)).float()
+        found = self.encoder(scaled(images).to(self.zero.dtype)).float()
         if not self.gaussian:
             return found, None
         mean, log_variance = found.chunk(2, dim=1)
@@ -231,7 +235,7 @@ class PictureCoder(nn.Module):
 
     def decode(self, code: Tensor) -> Tensor:
         """Return (B, P C, H, W) of codes."""
-        pixels = self.decoder(code).float()
+        pixels = self.decoder(code.to(self.zero.dtype)).float()
         if self.pixel_scales is None:
             return pixels
         scales = self.pixel_scales.float().view(-1, 1, 1).expand_as(pixels)

@@ -24,7 +24,7 @@ from lightning_bigmodels.modules.autoencoder.architectures import (
 )
 from lightning_bigmodels.networks.autoencoder import PictureCoder
 from lightning_bigmodels.pictures import as_rgb
-from lightning_bigmodels.png import PictureInBands
+from lightning_bigmodels.png import Drawn
 from lightning_bigmodels.tasks import Task
 from lightning_bigmodels.tasks.task import Phase
 
@@ -201,9 +201,7 @@ class PictureCoding(Task, ABC):
         return rows
 
     @override
-    def draw_predictions(
-        self, batch: ImageBatch, rows: list[dict[str, Any]]
-    ) -> Iterator[tuple[str, Tensor | PictureInBands]]:
+    def draw_predictions(self, batch: ImageBatch, rows: list[dict[str, Any]]) -> Iterator[tuple[str, Drawn]]:
         if self.predicts != "reconstructions":
             return
         with self.trainer.precision_plugin.forward_context():

@@ -27,7 +27,7 @@ from lightning_bigmodels.modules.autoencoder.likelihoods import (
 from lightning_bigmodels.networks.autoencoder import Coded, PictureCoder
 from lightning_bigmodels.networks.codebook import Usage
 from lightning_bigmodels.optim import ScheduleCallable
-from lightning_bigmodels.png import PictureInBands
+from lightning_bigmodels.png import Drawn
 from lightning_bigmodels.strategies.collectives import concatenated, summed
 from lightning_bigmodels.tasks.picture_generation import PictureGeneration
 from lightning_bigmodels.tasks.sample_noise import SampleNoise
@@ -171,6 +171,16 @@ class VariationalAutoencoder(PictureCoding, PictureGeneration):
     def to_pictures(self) -> Callable[[Tensor], Tensor]:
         return partial(most_likely, self.likelihood)
 
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        precision = str(self.trainer.precision)
+        if self.codebook is not None and precision in ("bf16-true", "16-true"):
+            raise InputError(
+                f"trainer.precision {precision} would round the moving averages of the codebook until they stand "
+                f"still; set it to bf16-mixed or 32-true"
+            )
+
     # ---- the bound
 
     @override
@@ -273,7 +283,7 @@ class VariationalAutoencoder(PictureCoding, PictureGeneration):
     @override
     def draw_predictions(
         self, batch: ImageBatch | GenerationBatch, rows: list[dict[str, Any]]
-    ) -> Iterator[tuple[str, Tensor | PictureInBands]]:
+    ) -> Iterator[tuple[str, Drawn]]:
         if "images" in batch:
             return PictureCoding.draw_predictions(self, cast(ImageBatch, batch), rows)
         return PictureGeneration.draw_predictions(self, batch, rows)

@@ -10,7 +10,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 from lightning_bigmodels.data.batches import FILLER
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.modules.autoencoder.likelihoods import log_likelihood
-from tests.modules.autoencoder.toys import KL, batch, built, digits, short_fit, variational
+from tests.modules.autoencoder.toys import KL, Losses, batch, built, digits, short_fit, variational
 from tests.workers import run_on
 
 BAD = [
@@ -96,6 +96,15 @@ def test_beta_rises_in_the_warmup(trainer):
     module = variational(kl_warmup=0.5)
     trainer(max_steps=6, limit_val_batches=0).fit(module, digits())
     assert module._warmup_steps == 3
+
+
+def test_weights_may_be_bfloat16_but_a_codebook_s_averages_may_not(trainer):
+    losses = Losses()
+    trainer(max_steps=2, precision="bf16-true", callbacks=[losses]).fit(variational(), digits())
+    assert len(losses.values) == 2
+    assert all(map(math.isfinite, losses.values))
+    with pytest.raises(InputError, match="bf16-true would round the moving .*; set it to bf16-mixed"):
+        trainer(max_steps=2, precision="bf16-true").fit(variational(codebook_size=8), digits())
 
 
 def test_bernoulli_pixels_are_black_or_white(monkeypatch):
