@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lightning_bigmodels.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from lightning_bigmodels.data.captioned_images import CaptionedImages
     from lightning_bigmodels.data.datamodule import DataModule
     from lightning_bigmodels.data.detection_images import DetectionImages
     from lightning_bigmodels.data.images import Images
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_bigmodels.data.uneven import EvenBatches
 
 __all__ = [
+    "CaptionedImages",
     "DataModule",
     "DetectionImages",
     "EvenBatches",
@@ -27,6 +29,7 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
+        "CaptionedImages": "captioned_images",
         "DataModule": "datamodule",
         "DetectionImages": "detection_images",
         "EvenBatches": "uneven",

@@ -54,6 +54,22 @@ class PromptBatch(TypedDict):
     indices: Tensor
 
 
+class CaptionBatch(TypedDict):
+    """Pictures with captions.
+
+    Attributes:
+        images: (B, C, H, W) uint8, of one shape in a batch; not there where a network has latents of them already.
+        captions: B texts, empty where an example counts for nothing.
+        indices: (B,) int64 place in its part, or `FILLER`.
+        errors: What was wrong with each file that was left out.
+    """
+
+    images: NotRequired[Tensor]
+    captions: list[str]
+    indices: Tensor
+    errors: NotRequired[list[str]]
+
+
 class ImageBatch(TypedDict):
     """Pictures with their classes.
 

@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face hub, and folders that its library reads as such."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from typing_extensions import override
@@ -50,11 +50,38 @@ class HubPictures(Pictures):
         return digest_of(Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"])
 
 
+class HubTable(NamedTuple):
+    """A split of a data set: the columns beside its pictures.
+
+    Attributes:
+        table: Names in place of numbers, where the data set has them.
+        pictures: The pictures, one for each row.
+        names: For each column the names that it declares for its numbers, in their order.
+    """
+
+    table: Table
+    pictures: HubPictures
+    names: dict[str, list[str]]
+
+
 def read_hub(name: str, columns: Columns) -> dict[str, Labelled]:
     """Return the parts of `hub:<name>[:<configuration>][@<split>]`; one split alone is `train`.
 
     Raises:
         InputError: it cannot be loaded, or its columns are others.
+    """
+    found = {}
+    for part, (table, pictures, names) in hub_tables(name).items():
+        declared = names.get(columns.label, []) if isinstance(columns.label, str) else []
+        found[part] = label_rows(table, pictures, columns, declared)["train"]
+    return found
+
+
+def hub_tables(name: str) -> dict[str, HubTable]:
+    """Return the parts of `hub:<name>[:<configuration>][@<split>]`; one split alone is `train`.
+
+    Raises:
+        InputError: it cannot be loaded, or has not one column of pictures.
     """
     datasets = require("datasets", extra="hub")
     address, _, split = name.removeprefix("hub:").partition("@")
@@ -67,18 +94,16 @@ def read_hub(name: str, columns: Columns) -> dict[str, Labelled]:
             f"{name} cannot be loaded ({type(error).__name__}: {reason}); check hub:<name>[:<configuration>][@<split>]"
         ) from error
     if split:
-        return {"train": _labelled(name, loaded, columns)}
+        return {"train": _table(name, loaded)}
     parts = {PART_FOLDERS.get(key): f"{name}@{key}" for key in loaded}
     if "train" not in parts:
         raise InputError(f"{name} has no split train but {', '.join(loaded)}; name one of them behind an @")
     return {
-        PART_FOLDERS[key]: _labelled(f"{name}@{key}", dataset, columns)
-        for key, dataset in loaded.items()
-        if key in PART_FOLDERS
+        PART_FOLDERS[key]: _table(f"{name}@{key}", dataset) for key, dataset in loaded.items() if key in PART_FOLDERS
     }
 
 
-def _labelled(name: str, dataset: Any, columns: Columns) -> Labelled:
+def _table(name: str, dataset: Any) -> HubTable:
     datasets = require("datasets", extra="hub")
     pictures = [key for key, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if len(pictures) != 1:
@@ -86,8 +111,8 @@ def _labelled(name: str, dataset: Any, columns: Columns) -> Labelled:
     cells = dataset.cast_column(pictures[0], datasets.Image(decode=False))
     others = {key: feature for key, feature in dataset.features.items() if key not in pictures}
     table = Table(name, {key: _readable(feature, cells[key][:]) for key, feature in others.items()})
-    declared = [name for key, feature in others.items() if key == columns.label for name in _names(feature)]
-    return label_rows(table, HubPictures(name, cells, pictures[0]), columns, declared)["train"]
+    names = {key: _names(feature) for key, feature in others.items()}
+    return HubTable(table, HubPictures(name, cells, pictures[0]), names)
 
 
 def _names(feature: Any) -> list[str]:

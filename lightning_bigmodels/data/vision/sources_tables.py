@@ -185,7 +185,7 @@ def label_rows(table: Table, pictures: Pictures, columns: Columns, order: Sequen
         InputError: a column is missing or a value is wrong.
     """
     groups = None if columns.group is None else table.texts(columns.group, "data.group_column")
-    parts = _parts(table, columns.split, len(pictures))
+    parts = parts_of(table, columns.split, len(pictures))
     found = {}
     for part, rows in parts.items():
         if columns.label is None:
@@ -203,7 +203,12 @@ def label_rows(table: Table, pictures: Pictures, columns: Columns, order: Sequen
     return found
 
 
-def _parts(table: Table, split: str | None, num_rows: int) -> dict[str, NDArray[np.int64]]:
+def parts_of(table: Table, split: str | None, num_rows: int) -> dict[str, NDArray[np.int64]]:
+    """Return the rows of each part that a column names; all are `train` where there is none.
+
+    Raises:
+        InputError: a row names something else, or none is for training.
+    """
     if split is None:
         return {"train": np.arange(num_rows)}
     rows: dict[str, list[int]] = {}
