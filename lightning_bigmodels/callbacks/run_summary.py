@@ -9,6 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_bigmodels.callbacks.prediction_table import TABLE_NAME
+
 
 class RunSummary(Callback):
     """Prints the result of a fit and where the files of a run lie, once, after the progress bar.
@@ -54,7 +56,7 @@ class RunSummary(Callback):
         """Remember where the predictions lie."""
         folder = trainer.log_dir
         if trainer.is_global_zero and folder:
-            named = [("predictions", "predictions.jsonl"), ("pictures", "predictions")]
+            named = [("predictions", "predictions.jsonl"), ("numbers", TABLE_NAME), ("pictures", "predictions")]
             self._lines = [(label, _short(Path(folder, name))) for label, name in named if Path(folder, name).exists()]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -68,6 +70,8 @@ class RunSummary(Callback):
 _FILES = [
     ("samples", "samples"),
     ("pictures", "validation_pictures"),
+    ("map of codes", "latent_map"),
+    ("walks through codes", "latent_walk"),
     ("confusion matrix", "confusion_matrix"),
     ("worst mistakes", "confident_mistakes"),
     ("classes", "val_classes"),

@@ -7,10 +7,11 @@ import torch
 from lightning.pytorch import Trainer
 from pyarrow import parquet
 
+from lightning_bigmodels.__main__ import main
 from lightning_bigmodels.callbacks import PredictionWriter
 from lightning_bigmodels.data import Images
 from lightning_bigmodels.export import export, load_exported
-from tests.modules.autoencoder.toys import batch, built, digits, plain, variational
+from tests.modules.autoencoder.toys import SMALL, batch, built, digits, plain, variational
 from tests.workers import run_on
 
 
@@ -48,6 +49,19 @@ def test_codes_are_one_table_in_the_order_of_the_pictures(processes, tmp_path):
     assert torch.allclose(torch.tensor(table["latents"].to_pylist()), latents.flatten(1), atol=1e-6)
     assert torch.equal(torch.tensor(table["codes"].to_pylist()), chosen.flatten(1).int())
     assert {path.name for path in tmp_path.iterdir()} == {"predictions.parquet", "predictions.jsonl"}
+
+
+def test_the_command_says_where_the_codes_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{class_path: Autoencoder, init_args: {json.dumps(SMALL)}}}\n"
+        "data: {class_path: Images, init_args: {source: sklearn-digits, image_size: 8, channels: 1}}\n"
+        "trainer: {accelerator: cpu, logger: true, limit_predict_batches: 1, enable_progress_bar: false}\n"
+    )
+    assert main(["predict", "--config", "run.yaml"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("numbers ")]
+    assert parquet.read_table(line.split()[1]).column_names == ["index", "file", "latents"]
 
 
 def test_a_gaussian_code_is_its_mean_with_its_spread(tmp_path):
