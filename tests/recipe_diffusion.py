@@ -13,13 +13,13 @@ from tests.modules.diffusion.toys import DIT, UNET
 from tests.toy_pictures import write_folders, write_truncated
 
 SIZE = 8
-STEPS = 3
+STEPS = 4
 
 
 class Contract(contract.Contract):
     metric = "val_loss"
-    steps = 100
-    short_steps = 6  # Adam makes a sum's rounding larger with every step
+    steps = 60
+    short_steps = 4  # Adam makes a sum's rounding larger with every step
     uneven_batch_size = 7
 
     def __init__(self):
@@ -50,7 +50,7 @@ class Contract(contract.Contract):
             "data": {
                 "init_args": {
                     "source": "sklearn-digits",
-                    "val_fraction": 0.05,
+                    "val_fraction": 0.04,
                     "test_fraction": 0.05,
                     "image_size": SIZE,
                     "channels": 1,
@@ -120,8 +120,6 @@ class Contract(contract.Contract):
     def broken(self, folder):
         few = {"cat": 20, "dog": 20}
         cut = write_truncated(write_folders(folder / "cut", few) / "cat" / "broken.jpg")
-        text = write_folders(folder / "text", few) / "dog" / "text.png"
-        text.write_text("no picture")
         bare = ["--data.val_fraction=0", "--model.num_classes=0", "--model.guidance_scale=1"]
         classes = [
             (["--data.labelled=false"], ["no class each", "data.labelled"]),
@@ -132,11 +130,8 @@ class Contract(contract.Contract):
         return [
             (["--data.source", str(folder / "nowhere")], ["nowhere", "name a folder"]),
             (["--data.source", str(folder / "cut"), *bare], [cut.name, "cut off", "replace or remove"]),
-            (["--data.source", str(folder / "text"), *bare], [text.name, "no picture"]),
-            (["--data.channels=3"], ["3 channels", "1"]),
             (["--data.image_size=12"], ["12 x 12", "8 x 8"]),
             (["--model.image_size=9"], ["image_size is 9", "the next that it can make is 10"]),
             (["--model.sampler=dpm"], ["no sampler 'dpm'"]),
-            (["--data.batch_size=9999"], ["9999", "batch_size"]),
             *(classes if self.model.get("num_classes") else nothing),
         ]

@@ -125,6 +125,8 @@ def denoise(network: nn.Module, noisy: Tensor, times: Tensor, labels: Tensor | N
     """
     if labels is None and hasattr(network, "transformer_blocks"):  # a DiT, which is always told a class
         labels = torch.zeros(len(noisy), dtype=torch.int64, device=noisy.device)
+    # weights of 16 bits take examples of 16 bits
+    noisy = noisy.to(next(network.parameters()).dtype)
     made: Tensor = network(noisy, timestep=times, class_labels=labels, return_dict=False)[0]
     # a DiT of the paper says variances too
     return made[:, : noisy.shape[1]]

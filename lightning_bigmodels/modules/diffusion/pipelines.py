@@ -112,7 +112,8 @@ def check_pipeline(model: Model, folder: Path) -> None:
     labels = torch.arange(_COMPARED, device=module.device) % model.num_classes if model.num_classes else None
     was_training = module.training
     module.eval()
-    steps = min(_STEPS, model.process.num_train_timesteps)
+    # ddim takes but divisors
+    steps = _STEPS if model.process.num_train_timesteps % _STEPS == 0 else model.sampling.num_steps
     with torch.no_grad():
         expected = model.make_pictures(seeds, labels, steps).cpu()
     module.train(was_training)

@@ -68,6 +68,14 @@ def check_sampler(process: Process, sampler: str, num_steps: int) -> None:
             f"num_sampling_steps is {num_steps} and num_train_timesteps {process.num_train_timesteps}; the noise has "
             f"no more steps than those: lower num_sampling_steps"
         )
+    if sampler == "ddim" and process.num_train_timesteps % num_steps:
+        # diffusers 0.42 takes equal steps of whole numbers, and would leave the noise that is between them
+        larger = range(num_steps, process.num_train_timesteps + 1)
+        following = next(number for number in larger if process.num_train_timesteps % number == 0)
+        raise InputError(
+            f"num_sampling_steps is {num_steps}, and ddim takes equal steps through the {process.num_train_timesteps} "
+            f"of num_train_timesteps; the next number that it can take is {following}"
+        )
 
 
 def build_scheduler(process: Process, sampler: str, clip: bool) -> Any:
@@ -89,7 +97,7 @@ def build_scheduler(process: Process, sampler: str, clip: bool) -> Any:
     }
     if sampler in ("ddim", "ddpm"):
         # the first step begins at all noise, as what it begins with is (Lin et al. 2023, section 3.3)
-        values |= {"clip_sample": clip, "timestep_spacing": "trailing"}
+        values |= {"clip_sample": clip, "timestep_spacing": "trailing" if sampler == "ddim" else "linspace"}
     if sampler == "dpm_solver":
         values["lambda_min_clipped"] = _LEAST_LOG_RATIO
     with old_numpy_calls():

@@ -132,6 +132,19 @@ def test_the_bound_is_reported_where_it_is_asked_for(tmp_path, trainer):
     assert "test_bits_per_dimension" not in trainer().test(tiny(), data, verbose=False)[0]
 
 
+@pytest.mark.parametrize("dit", [False, True])
+def test_weights_of_16_bits_learn_and_make_pictures(dit, tmp_path, trainer):
+    source = write_folders(tmp_path / "pictures", {"cat": 6, "dog": 6})
+    data = Images(str(source), image_size=8, channels=1, val_fraction=0.25, batch_size=4)
+    model = tiny(dit=dit)
+    fitter = trainer(precision="bf16-true", max_steps=2)
+    fitter.fit(model, data)
+    assert {p.dtype for p in model.network.parameters()} == {torch.bfloat16}
+    assert fitter.callback_metrics["val_loss"].isfinite()
+    with torch.no_grad():
+        assert model.eval().make_pictures([1, 2], None).shape == (2, 1, 8, 8)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

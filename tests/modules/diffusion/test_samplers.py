@@ -55,6 +55,17 @@ def test_a_picture_does_not_depend_on_what_is_made_beside_it(sampler):
     assert torch.allclose(draw({}, sampler, 5, seeds[1:4], spread=0.2), together[1:4], atol=1e-6)
 
 
+def test_steps_are_as_many_as_asked_for_and_end_at_the_first_one():
+    process = build_process()
+    for sampler, numbers in {"ddpm": (3, 61, 999), "ddim": (4, 125, 500)}.items():
+        for number in numbers:
+            scheduler = build_scheduler(process, sampler, True)
+            scheduler.set_timesteps(number)
+            assert len(scheduler.timesteps) == number
+            assert scheduler.timesteps[0] == 999
+            assert scheduler.timesteps[-1] == (0 if sampler == "ddpm" else 1000 // number - 1)
+
+
 def test_only_pixels_are_clipped():
     wide = {clip: draw({}, "ddim", 10, [0, 1], clip=clip, spread=5.0).abs().max() for clip in (True, False)}
     assert wide[True] <= 1 < 3 < wide[False]
@@ -82,6 +93,13 @@ def test_guidance_goes_on_from_the_unconditional_prediction_through_the_conditio
         ({"process": "flow_matching"}, "ddim", 10, "no sampler 'ddim'; known: euler"),
         ({"prediction": "sample"}, "euler", 10, "set sampler to ddim"),
         ({}, "ddim", 0, "num_sampling_steps is 0; it must be 1 or more"),
+        (
+            {},
+            "ddim",
+            30,
+            "num_sampling_steps is 30, and ddim takes equal steps through the 1000 of num_train_timesteps",
+        ),
+        ({}, "ddim", 30, "the next number that it can take is 40"),
         ({"num_train_timesteps": 20}, "ddim", 50, "num_sampling_steps is 50 and num_train_timesteps 20"),
     ],
 )
