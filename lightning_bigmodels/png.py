@@ -31,6 +31,22 @@ class PictureInBands(NamedTuple):
     bands: Iterable[Tensor]
 
 
+class PictureWithText(NamedTuple):
+    """A picture whose file also holds texts, which Pillow reads as `image.info`.
+
+    Attributes:
+        picture: (C, H, W) uint8, with 1 or 3 channels.
+        texts: By their names.
+    """
+
+    picture: Tensor
+    texts: dict[str, str]
+
+
+Drawn = Tensor | PictureInBands | PictureWithText
+"""What becomes a PNG file."""
+
+
 def write_png(path: Path, picture: PictureInBands) -> None:
     """Write a picture as PNG, band by band; a file of that name appears when it is whole.
 

@@ -29,10 +29,14 @@ from tests.workers import run_on
 
 # the full-size network of each recipe; a recipe that discovery misses, or one without its entry here, is an error
 PARAMETERS = {
+    "autoencoder/denoising": 621_089,
+    "autoencoder/vae": 521_250,
     "detection/digits": 591_216,
     "detection/fasterrcnn_coco": 41_704_036,
     "diffusion/ddpm": 686_769,
     "diffusion/flow_matching": 687_473,
+    "gan/dcgan": 462_690,
+    "gan/wgan_gp": 468_002,
     "image/quickstart": 89_930,
     "image/fashion_mnist": 1_226_442,
     "image/finetune_efficientnet": 4_054_945,
@@ -43,6 +47,8 @@ PARAMETERS = {
     "text/gpt_shakespeare": 4_339_200,
     "text/llama_8b": 8_030_261_248,
     "text/quickstart": 2_558_144,
+    "text_to_image/latent_diffusion": 1_066_235_307,
+    "text_to_image/shapes": 4_096_460,
 }
 RECIPES = {recipe.name: recipe for recipe in list_recipes()}
 every_recipe = pytest.mark.parametrize("name", sorted(PARAMETERS))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from lightning_bigmodels.errors import require
 from lightning_bigmodels.palette import class_palette
-from lightning_bigmodels.png import PictureInBands, write_png
+from lightning_bigmodels.pictures import as_rgb
+from lightning_bigmodels.png import Drawn, PictureInBands, PictureWithText, write_png
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -68,21 +70,36 @@ def send_picture(trainer: Trainer, name: str, picture: Tensor) -> None:
             logger.experiment.add_image(name, picture, trainer.global_step)
 
 
-def write_picture(path: Path, picture: Tensor | PictureInBands) -> None:
+def write_picture(path: Path, picture: Drawn) -> None:
     """Write (3, H, W) uint8, or a picture whose rows are made meanwhile, as PNG, and the folders above it.
 
     (H, W) holds classes: of uint8 the PNG has a palette, of uint16 it is gray of 16 bits; its values are the classes.
+    Texts that go with a picture are in the file too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(picture, PictureInBands):
         write_png(path, picture)
         return
     pillow = require("PIL.Image", extra="vision")
+    texts: dict[str, str] = {}
+    if isinstance(picture, PictureWithText):
+        picture, texts = picture
+        picture = as_rgb(picture)
     array = picture.cpu() if picture.ndim == 2 else picture.permute(1, 2, 0).cpu()
     image = pillow.fromarray(array.contiguous().numpy())
     if picture.ndim == 2 and picture.dtype == torch.uint8:
         image.putpalette(class_palette())
-    image.save(path)
+    image.save(path, pnginfo=_png_texts(texts))
+
+
+def _png_texts(texts: dict[str, str]) -> Any:
+    """Return what Pillow writes as a PNG file's texts."""
+    if not texts:
+        return None
+    info = require("PIL.PngImagePlugin", extra="vision").PngInfo()
+    for name, text in texts.items():
+        info.add_itxt(name, text)
+    return info
 
 
 def show(trainer: Trainer, text: str) -> None:

@@ -74,7 +74,7 @@ class Throughput(ThroughputMonitor):
 
 
 def _examples(batch: Any) -> Any:
-    return batch["input_ids"] if "input_ids" in batch else batch["images"]
+    return next(batch[key] for key in ("input_ids", "images", "indices") if key in batch)
 
 
 def measure_matmul_flops(dtype: torch.dtype) -> int:

@@ -1,5 +1,6 @@
 """Pictures with captions: from a source's name to batches of pixels and texts."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,11 @@ class CaptionedImages(VisionData):
         if stage == "predict":
             self._prompts = Prompts([each for each in self._read_prompts() for _ in range(self.pictures_per_prompt)])
             return {}
-        return {name: self._examples(part) for name, part in self._known_parts().items() if name not in self.parts}
+        known = self._known_parts()
+        if "val" not in known:
+            # Lightning takes no validation loader for an oversight
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        return {name: self._examples(part) for name, part in known.items() if name not in self.parts}
 
     @property
     def captions(self) -> list[str]:

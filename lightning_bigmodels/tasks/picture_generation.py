@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_bigmodels.data.batches import GenerationBatch
 from lightning_bigmodels.errors import InputError, near
 from lightning_bigmodels.pictures import as_rgb
-from lightning_bigmodels.png import PictureInBands
+from lightning_bigmodels.png import Drawn
 from lightning_bigmodels.tasks.named_classes import NamedClasses
 from lightning_bigmodels.tasks.sample_noise import EVALUATION, SampleNoise
 from lightning_bigmodels.tasks.task import Phase
@@ -116,9 +116,7 @@ class PictureGeneration(NamedClasses, ABC):
         return rows
 
     @override
-    def draw_predictions(
-        self, batch: GenerationBatch, rows: list[dict[str, Any]]
-    ) -> Iterator[tuple[str, Tensor | PictureInBands]]:
+    def draw_predictions(self, batch: GenerationBatch, rows: list[dict[str, Any]]) -> Iterator[tuple[str, Drawn]]:
         for row in rows:
             yield _stem(row["index"]), as_rgb(self._made[row["index"]])
 

@@ -24,7 +24,7 @@ from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.exportable import Exportable as Exportable
 from lightning_bigmodels.exportable import Exported
 from lightning_bigmodels.optim import HIDDEN, OUTPUT, UNDECAYED, ScheduleCallable, default_optimizer
-from lightning_bigmodels.png import PictureInBands
+from lightning_bigmodels.png import Drawn
 from lightning_bigmodels.strategies.batch_norm import synchronize
 from lightning_bigmodels.strategies.clipping import clip_norm, clip_value, on_several_meshes
 from lightning_bigmodels.strategies.fsdp2 import shard
@@ -97,7 +97,7 @@ class Task(ExactResume, ABC):
         """
         return {}
 
-    def draw_predictions(self, batch: Any, rows: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor | PictureInBands]]:
+    def draw_predictions(self, batch: Any, rows: list[dict[str, Any]]) -> Iterator[tuple[str, Drawn]]:
         """Yield the pictures that belong to what `predict_step` returned for a batch: a name, and (3, H, W) uint8.
 
         (H, W) of uint8 or uint16 holds classes, and its file keeps them as they are.
