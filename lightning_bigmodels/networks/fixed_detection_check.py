@@ -94,14 +94,15 @@ def _nearest(rows: Candidates, candidates: Candidates, rounding: float, side: fl
 def _check_complete(
     rows: Candidates, candidates: Candidates, overlap: float, rounding: float, side: float, least: float
 ) -> None:
-    near = rounding * _greatest(candidates.scores)
+    near = _near(candidates.scores, rounding)
     wanted = candidates.certain & (candidates.scores > least + near)
     for label in candidates.labels[wanted].unique().tolist():
         own, there = wanted & (candidates.labels == label), rows.labels == label
         boxes, scores = candidates.boxes[own], candidates.scores[own]
         may, _ = _overlaps(boxes, rows.boxes[there], overlap, side)
         same = (boxes[:, None] - rows.boxes[there]).abs().amax(dim=2) <= rounding * max(1.0, side)
-        found = (may | same) & (rows.scores[there] >= scores[:, None] - near)
+        same &= (rows.scores[there] - scores[:, None]).abs() <= rounding
+        found = (may & (rows.scores[there] >= scores[:, None] - near)) | same
         missing = ~found.any(dim=1)
         if missing.any():
             box = ", ".join(f"{x:.2f}" for x in boxes[missing][0].tolist())
@@ -125,8 +126,10 @@ def _overlaps(boxes: Tensor, others: Tensor, overlap: float, side: float) -> tup
     return found > overlap - slack, found > overlap + slack
 
 
-def _greatest(values: Tensor) -> float:
-    return values.abs().max().item() if values.numel() else 0.0
+def _near(values: Tensor, rounding: float) -> float:
+    """Return how near one another values are of which either may be the greater elsewhere, where each is rounded."""
+    greatest = values.abs().max().item() if values.numel() else 0.0
+    return rounding * min(5 * greatest, 2 * max(1.0, greatest))
 
 
 # ---- what may be chosen
@@ -134,7 +137,7 @@ def _greatest(values: Tensor) -> float:
 
 def _of_one_stage(detector: OneStage, seen: Seen, rounding: float) -> Candidates:
     boxes, scores = detector.look(seen)
-    near = rounding * _greatest(scores)
+    near = _near(scores, rounding)
     num_classes = scores.shape[1]
     chosen, certain = _best_of_groups(detector.groups(seen, scores), detector.num_candidates, near)
     values = scores.flatten()[chosen]
@@ -161,7 +164,7 @@ def _of_two_stages(detector: TwoStages, seen: Seen, rounding: float) -> Candidat
             labels = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
             found.append((boxes[:, 1:], labels[:, 1:], scores[:, 1:], part[2][:, None].expand_as(scores[:, 1:])))
     boxes, labels, scores, certain = (torch.cat(values).flatten(0, 1) for values in zip(*found, strict=True))
-    near, least = rounding * _greatest(scores), detector.heads.score_thresh
+    near, least = _near(scores, rounding), detector.heads.score_thresh
     may = (scores > least - near) & at_least(boxes, SMALLEST - in_boxes)
     certain = certain & (scores > least + near) & at_least(boxes, SMALLEST + in_boxes)
     return Candidates(boxes[may], labels[may], scores[may], certain[may])
@@ -171,7 +174,7 @@ def _proposals(detector: TwoStages, seen: Seen, rounding: float, in_boxes: float
     """Return all boxes that may come from the first stage (P, 4), and which of them do for certain, (P,)."""
     first = detector.first
     boxes, logits, sizes = detector.look(seen)
-    near = rounding * _greatest(logits)
+    near = _near(logits, rounding)
     places = torch.arange(len(logits), device=logits.device)
     levels = list(zip(places.split(sizes), logits.split(sizes), strict=True))
     possible: list[Tensor] = []
