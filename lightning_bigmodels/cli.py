@@ -29,7 +29,7 @@ from lightning_bigmodels.callbacks.preemption import PreemptedError, own_exit_co
 from lightning_bigmodels.cli_errors import explain
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.lazy import import_named
-from lightning_bigmodels.recipe_files import display_name, find_config
+from lightning_bigmodels.recipe_files import display_name, find_config, settles_model
 from lightning_bigmodels.strategies.checkpoint_io import META_FILE, WholeCheckpointIO
 from lightning_bigmodels.strategies.precision import with_true_precision
 from lightning_bigmodels.trainer import Trainer
@@ -133,7 +133,9 @@ class CLI(LightningCLI):
         for package in _PACKAGES:
             import_named(package, " ".join(args))
         try:
-            if any(_is_option(arg, "ckpt_path") for arg in args) and not any(_names_model(arg) for arg in args):
+            if any(_is_option(arg, "ckpt_path") for arg in args) and not (
+                any(_names_model(arg) for arg in args) or settles_model(args)
+            ):
                 self._take_model_from_checkpoint(args)
             self.config = parser.parse_args(args)
         except ArgumentError as error:
@@ -160,6 +162,13 @@ class CLI(LightningCLI):
         checkpoint = config.get("ckpt_path")
         if checkpoint and (verb, checkpoint) != ("fit", "last"):
             config["ckpt_path"] = _find_checkpoint(str(checkpoint), config["trainer"]["default_root_dir"])
+
+    @override
+    def _dump_config(self) -> None:
+        if not hasattr(self, "config_dump"):
+            # as Lightning does it, but for a check of what was checked when it was parsed
+            text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True)
+            self.config_dump = yaml.safe_load(text)[str(self.subcommand)]
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -3,6 +3,7 @@
 Imports neither torch nor Lightning: `bigmodels recipes` answers at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,30 @@ def find_config(value: str) -> str:
             f"--config {value}: no such file, and no recipe of this name{near(value, recipes) if recipes else ''}"
         )
     return str(recipes[value])
+
+
+def settles_model(args: Sequence[str]) -> bool:
+    """Return whether a command line's configurations alone say which class the model is; parsing them all is slow.
+
+    Args:
+        args: The command line.
+    """
+    import yaml
+
+    settled = False
+    for place, arg in enumerate(args):
+        option, _, value = arg.partition("=")
+        if option not in ("-c", "--config"):
+            continue
+        try:
+            content = yaml.safe_load(Path(find_config(value or args[place + 1])).read_text(encoding="utf-8"))
+        except (InputError, OSError, IndexError, ValueError, yaml.YAMLError):
+            return False  # an address, or an error that parsing tells
+        if isinstance(content, dict) and "model" in content:
+            if not isinstance(content["model"], dict):
+                return False
+            settled = settled or "class_path" in content["model"]
+    return settled
 
 
 def display_name(config: str | Path) -> str:

@@ -231,7 +231,8 @@ class RunRecorder(SaveConfigCallback):
         config = self.config.clone()
         if config.get("ckpt_path") == "last":
             config["ckpt_path"] = None  # to go on with a run is not part of its configuration
-        text = self.parser.dump(config, skip_none=False)
+        # it was checked when it was parsed
+        text = self.parser.dump(config, skip_none=False, skip_validation=True)
         _keep(Path(folder), text)
         plain = config_values(text)
         for logger in trainer.loggers:

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_bigmodels import recipe_files
 from lightning_bigmodels.errors import InputError
-from lightning_bigmodels.recipe_files import display_name, find_config, find_recipe, list_recipes
+from lightning_bigmodels.recipe_files import display_name, find_config, find_recipe, list_recipes, settles_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +30,33 @@ def test_names_and_summaries_come_from_files(folder):
         ("text/large", ""),
         ("text/small", "A small model on your text."),
     ]
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["model: {class_path: X}"], True),
+        (["model: {class_path: X}", "model: {init_args: {a: 1}}"], True),
+        (["trainer: {max_steps: 1}", "model: {class_path: X}"], True),
+        (["trainer: {max_steps: 1}"], False),
+        (["model: {init_args: {a: 1}}"], False),
+        (["model: X"], False),
+        (["model: {class_path: X}", "model: null"], False),
+        (["model: {class_path: X}", "model: [broken"], False),
+        (["- a list"], False),
+        ([], False),
+    ],
+)
+def test_configurations_settle_the_model_only_where_they_name_its_class(texts, expected, tmp_path):
+    paths = [tmp_path / f"{number}.yaml" for number in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text, encoding="utf-8")
+    apart = [word for path in paths for word in ("--config", str(path))]
+    joined = [f"-c={path}" for path in paths]
+    assert settles_model(["fit", *apart, "--ckpt_path", "last"]) is expected
+    assert settles_model(["fit", *joined]) is expected
+    assert not settles_model(["fit", *apart, "--config", "gone.yaml"])
+    assert not settles_model(["fit", *apart, "--config"])
 
 
 def test_a_recipe_is_found_by_name(folder):
