@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Independent, Normal, kl_divergence
 
 from lightning_bigmodels.data.batches import FILLER
@@ -146,6 +147,18 @@ def test_a_picture_is_that_of_its_number(changes):
     assert whole.shape == (5, 1, 8, 8)
     assert torch.equal(whole[3:], last)
     assert not torch.equal(whole[3], whole[4])
+
+
+@pytest.mark.parametrize("changes", [{}, {"codebook_size": 8}, {"free_bits": 0.2}])
+def test_a_training_step_asks_nothing_of_what_tensors_hold(changes, monkeypatch):
+    # a planner runs it without any numbers
+    module = variational(**changes)
+    with FakeTensorMode():
+        built(module, monkeypatch)
+        images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
+        loss = module.step("train", {"images": images, "indices": torch.arange(4)})
+        loss.backward()
+    assert loss.shape == ()
 
 
 CASES = [
