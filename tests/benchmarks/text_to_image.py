@@ -29,7 +29,6 @@ SIZE = 32
 GROUND = 20
 NAMES = [str(Object(colour, shape)) for colour in COLOURS for shape in SHAPES]
 OTHER = "something else"
-OPPOSITE = {"alone": "alone", "left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 
 
 def view(picture: Tensor, side: str) -> Tensor:
@@ -51,17 +50,16 @@ def views_of(picture: Tensor, scene: Scene) -> list[tuple[Tensor, str]]:
 
 def something_else(known: list[Scene], generator: torch.Generator) -> Tensor:
     """Return a view of no object: nothing, two, a cut one, or one between two colours."""
-    kind, first, second = (int(torch.randint(n, (), generator=generator)) for n in (4, len(known), len(known)))
-    one, other = (draw(known[number], SIZE, generator) for number in (first, second))
+    pairs = [scene for scene in known if scene.second is not None]
+    kind, first, second = (int(torch.randint(n, (), generator=generator)) for n in (4, len(pairs), len(pairs)))
+    one, other = (draw(pairs[number], SIZE, generator) for number in (first, second))
     if kind == 0:
         return torch.full((3, SIZE, SIZE), GROUND, dtype=torch.uint8)
     if kind == 1:
-        pairs = [scene for scene in known if scene.second is not None]
-        return draw(pairs[first % len(pairs)], SIZE, generator)
+        return one
     if kind == 2:
         # the half across: what was in one place is cut in two
-        scene = known[first]
-        return view(one, {"left": "top", "top": "left"}.get(scene.placed()[0][1], "left"))
+        return view(one, {"left": "top", "right": "top"}.get(pairs[first].placed()[0][1], "left"))
     return ((one.float() + other.float()) / 2).to(torch.uint8)
 
 

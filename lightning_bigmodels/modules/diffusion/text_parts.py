@@ -118,7 +118,7 @@ class TextParts:
         if self.latent:
             config = self.autoencoder_config or part_config("AutoencoderKL", *self.autoencoder_source())  # type: ignore[arg-type]
             factor = _factor(config)
-        multiple = size_multiple(self.architecture, self.config, factor)
+        multiple = size_multiple(self.architecture, self._denoiser_config(), factor)
         for size in data.sizes:
             if size[0] % multiple or size[1] % multiple:
                 raise InputError(
@@ -220,14 +220,16 @@ class TextParts:
             InputError: it cannot make this size; the message has the next one.
         """
         factor = self.fold if autoencoder is None else _factor(dict(autoencoder.config))
-        config = self.config
-        if self.pretrained is not None:
-            config = part_config(self.architecture, self.pretrained, ARCHITECTURES[self.architecture])
-        multiple = size_multiple(self.architecture, config, factor)
+        multiple = size_multiple(self.architecture, self._denoiser_config(), factor)
         check_text_size(self.architecture, image_shape[1:], multiple)
         folded = image_shape[0] * factor**2
         channels = folded if autoencoder is None else int(autoencoder.config["latent_channels"])
         return channels, image_shape[1] // factor, image_shape[2] // factor
+
+    def _denoiser_config(self) -> dict[str, Any]:
+        if self.pretrained is None:
+            return self.config
+        return part_config(self.architecture, self.pretrained, ARCHITECTURES[self.architecture])
 
 
 def check_process(source: str, process: Process) -> None:

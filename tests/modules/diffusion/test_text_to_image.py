@@ -161,14 +161,15 @@ def test_kept_latents_are_those_of_the_pictures_and_made_once(sources, tmp_path)
             torch.manual_seed(0)
             module = model(**latent_arguments(sources), latent_cache=cache)
             datamodule = data(sources / "pictures", aspect_buckets=True, bucket_step=4, batch_size=2, val_fraction=0.3)
-            fitted(module, datamodule)
-        return module.trainer.callback_metrics["val_loss"]
+            fitted(module, datamodule, val_check_interval=2)
+        return float(module.trainer.callback_metrics["val_loss"])
 
     plain, kept = losses(None), losses(str(tmp_path))
-    assert kept == plain
+    # kept in batches of another size, which rounds elsewhere
+    assert kept == pytest.approx(plain, rel=1e-5)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
     assert len(files) == 2
-    assert losses(str(tmp_path)) == plain
+    assert losses(str(tmp_path)) == kept
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")} == files
 
 
