@@ -81,6 +81,11 @@ def check_extras(command):
         assert not extra or re.search(rf"^{extra} = \[", text, flags=re.M), extra
 
 
+def check_pin(command):
+    """It names one version, so that what the page says of its files stays true."""
+    assert re.search(r"(==|-)\d+\.\d+\.\d+(-py3-none-any\.whl)?$", command)
+
+
 def check_ci(command):
     """.ci/run does it."""
     assert re.search(rf"(^|')({re.escape(command)})('|$)", (ROOT / ".ci/run").read_text(encoding="utf-8"), flags=re.M)
@@ -104,6 +109,8 @@ def check_hooks(command):
 
 NOT_RUN = {
     "pip install": ("changes the environment that runs this test", check_extras),
+    "pip download": ("needs the network; the test draws photos of its own", check_pin),
+    "unzip": ("unpacks what was not downloaded", check_pin),
     "pytest": ("runs this test", lambda command: check_extras('pip install -e ".[test]"')),
     "pre-commit install": ("writes into .git", check_hooks),
     "ruff": ("comes with [dev], not with [test]", check_ci),
@@ -112,7 +119,7 @@ NOT_RUN = {
     ".ci/run": ("runs this test in a virtual environment of its own", check_script),
     "python tests/benchmarks/": ("measures for minutes, some against packages of [bench]", check_script),
 }
-SHELL = ("printf", "cat", "ls")
+SHELL = ("printf", "cat", "ls", "cp")
 
 
 # ---- the story

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.io import write_jpeg
+from torchvision.io import write_jpeg, write_png
 
 from lightning_bigmodels import callbacks
 from tests import story as page
@@ -24,6 +24,23 @@ def draw(path, number):
     return path
 
 
+def draw_forest(name, height, width):
+    """Write a photo from above as deepforest has it, with two trees: one in the first tile, one in its lower corner."""
+    folder = Path("deepforest", "data")
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(height)
+    write_png(
+        torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator), str(folder / f"{name}.png")
+    )
+    corners = ("xmin", "ymin", "xmax", "ymax")
+    boxes = [
+        "".join(f"<{side}>{value}</{side}>" for side, value in zip(corners, box, strict=True))
+        for box in ((40, 30, 80, 70), (240, 240, 290, 290))
+    ]
+    objects = "".join(f"<object><name>Tree</name><bndbox>{box}</bndbox></object>" for box in boxes)
+    (folder / f"{name}.xml").write_text(f"<annotation>{objects}</annotation>", encoding="utf-8")
+
+
 @pytest.fixture
 def story(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -39,6 +56,8 @@ def story(tmp_path, monkeypatch, capsys):
         for number in range(8):
             boxes.append(f"{draw(Path('photos', f'{number}.jpg'), number)},8,8,40,40,thing")
         Path("boxes.csv").write_text("\n".join(boxes), encoding="utf-8")
+        draw_forest("2019_YELL_2_528000_4978000_image_crop2", height=384, width=512)
+        draw_forest("2019_YELL_2_541000_4977000_image_crop", height=300, width=600)
         yield told
 
 
@@ -50,6 +69,10 @@ def test_every_block_runs_in_order(story):
         except BaseException as error:
             pytest.fail(f"docs/vision.md, the block of line {block.line}: {type(error).__name__}: {error}")
     assert story.unused == set(), "files that no command of the page uses"
+    # a tile keeps a tree of which it has more than half
+    assert "train_0_0.png,40,30,80,70,tree\n" in Path("trees/train.csv").read_text(encoding="utf-8")
+    assert "train_0_128.png,112,240,162,256,tree" not in Path("trees/train.csv").read_text(encoding="utf-8")
+    assert "train_128_128.png,112,112,162,162,tree\n" in Path("trees/train.csv").read_text(encoding="utf-8")
     rows = Path("runs/flowers/predict/version_0/predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert set(json.loads(rows[0])["probabilities"]) == {"rose", "tulip"}
     assert list(Path("runs/detection_digits/predict/version_0/predictions").glob("*.png"))
