@@ -160,6 +160,9 @@ class Discriminator(nn.Module):
         self.output = nn.Conv2d(widths[-1], 1, _FIRST)
         self.embedding = nn.Embedding(num_classes, widths[-1]) if num_classes > 0 else None
         _initialize(self)
+        if self.embedding is not None:
+            # as the other weights: with torch's own, of deviation 1, the class would drown the picture
+            nn.init.normal_(self.embedding.weight, 0.0, 0.02)
         if spectral:
             for layer in list(self.modules()):
                 if isinstance(layer, (nn.Conv2d, nn.Embedding)):

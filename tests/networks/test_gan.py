@@ -44,9 +44,9 @@ def test_the_papers_widths_at_64_pixels():
 
 def test_weights_begin_as_the_paper_says():
     torch.manual_seed(0)
-    for network in (Generator(64, 3, 100, 16), Discriminator(64, 3, 16)):
+    for network in (Generator(64, 3, 100, 16), Discriminator(64, 3, 16, 9)):
         for module in network.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)):
                 weight = module.weight.detach()
                 assert float(weight.mean()) == pytest.approx(0, abs=0.004)
                 assert float(weight.std()) == pytest.approx(0.02, rel=0.15)

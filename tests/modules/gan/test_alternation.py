@@ -144,6 +144,30 @@ def test_resumed_on_two_processes_both_optimizers_go_on(strategy, accumulate, tm
             torch.testing.assert_close(mine, other, rtol=1e-4 if accumulate == 2 else 0, atol=1e-9)
 
 
+def test_resumed_on_another_number_of_processes_it_goes_on_with_the_same_steps(tmp_path):
+    settings = {"max_steps": 5, "sync_batchnorm": True, "report": moments}
+    build = functools.partial(tiny, discriminator_steps=2, schedule=WarmupLinear, discriminator_schedule=WarmupLinear)
+    whole, _ = fit_on(2, "ddp", build, lambda: BarsData(5), callbacks=[Save(tmp_path, 3)], **settings)
+    (alone,) = fit_on(1, "auto", build, BarsData, seed=5, ckpt_path=tmp_path / "3.ckpt", **settings)
+    close(alone.weights, whole.weights)
+    assert alone.global_step == 5
+    assert alone.report[0] == whole.report[0]
+
+
+def test_resumed_with_another_batch_size_both_schedules_go_on_at_the_same_fraction(trainer, tmp_path):
+    class Places(Callback):
+        def on_train_batch_start(self, trainer, *args):
+            places.append([config.scheduler.last_epoch for config in trainer.lr_scheduler_configs])
+
+    places = []
+    settings = {"max_epochs": 2, "max_steps": -1, "limit_val_batches": 0}
+    # six batches an epoch, of which four are behind; then twelve
+    trainer(callbacks=[Save(tmp_path, 4)], **settings).fit(adam(), BarsData())
+    trainer(callbacks=[Places()], **settings).fit(adam(), BarsData(5), ckpt_path=tmp_path / "4.ckpt")
+    assert places[0] == [4, 8]
+    assert len(places) == 24 - 8
+
+
 def equal_weights(found, expected):
     assert equal(found, expected)
 
