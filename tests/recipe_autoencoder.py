@@ -53,6 +53,7 @@ class Contract(contract.Contract):
             "data": {
                 "init_args": {
                     "source": "sklearn-digits",
+                    "root": None,
                     # so many that 1, 2 and 3 processes fill their last batches with different numbers of fillers
                     "val_fraction": 0.0512,
                     "test_fraction": 0.05,
