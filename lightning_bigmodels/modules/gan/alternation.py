@@ -1,5 +1,6 @@
 """Two networks that learn in turns, each by its own optimizer, under every strategy."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -132,6 +133,8 @@ class Alternation(Task, ABC):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.automatic_optimization = False
+        # of checkpoints that hold the weights behind a step, which a resume is to go on from (Lightning 2.6.6)
+        warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization and every_n_train_steps")
 
     # ---- steps
 

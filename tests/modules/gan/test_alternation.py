@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_bigmodels.errors import InputError
@@ -289,6 +290,20 @@ def test_a_model_fits_twice(trainer):
         run.fit(model, BarsData())
         assert run.global_step == 2
     run.validate(model, BarsData(), verbose=False)
+
+
+# the resumed run has a folder of its own
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_checkpoints_every_few_steps_hold_what_a_resume_needs(trainer, tmp_path):
+    def run(folder):
+        files = ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=3, save_top_k=-1)
+        return trainer(callbacks=[files], enable_checkpointing=True, accumulate_grad_batches=2, max_steps=7)
+
+    model, other = adam(), adam()
+    run("whole").fit(model, BarsData())
+    assert sorted(path.name for path in tmp_path.glob("whole/*")) == ["step=3.ckpt", "step=6.ckpt"]
+    run("cut").fit(other, BarsData(), ckpt_path=tmp_path / "whole" / "step=3.ckpt")
+    assert equal(other.state_dict(), model.state_dict())
 
 
 def test_strategies_of_one_backward_pass_are_refused():
