@@ -8,11 +8,11 @@ one by one, batches of 16, float32, AdamW with 1e-4, betas 0.95 and 0.999 and we
 500 steps of warm-up, gradients clipped at 1, diffusers' own average of the weights. Both opponents train the very
 networks that ours trains, and none of their code is copied.
 
-Ours is the recipe: its model, batches, optimizers, precision and average of the weights. Two contestants run in one
-process and take turns of a few seconds, so that what else the machine does falls on both. Each counts its own time, and
-stops when that is up. Then both make pictures of the same numbers, and these are compared with real ones (FID; lower is
-better) by pixels and, if a checkpoint of an `ImageClassifier` is given, by what that sees. Diffusion models are sampled
-in the same way on both sides, as the recipe does.
+Ours is the recipe: its model, batches, optimizers, precision and average of the weights. One contestant runs after the
+other, on a machine that should do nothing else, and stops when its time is up. Then both make pictures of the same
+numbers, and these are compared with real ones (FID; lower is better) by pixels and, if a checkpoint of an
+`ImageClassifier` is given, by what that sees. Diffusion models are sampled in the same way on both sides, as the recipe
+does.
 
     python tests/benchmarks/generative.py --root FOLDER --features fashion.ckpt  # about twelve minutes on two cores
     python tests/benchmarks/generative.py --root FOLDER --quick                  # only shows that all runs
@@ -20,11 +20,9 @@ in the same way on both sides, as the recipe does.
 
 import argparse
 import logging
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,56 +45,39 @@ from lightning_bigmodels.tasks.sample_comparison import SampleComparison
 from lightning_bigmodels.tasks.sample_noise import SampleNoise
 
 FASTER = 1.2
-TURN = 5.0  # seconds
+WARMUP = 5  # steps
 EXAMPLE = {"prediction": "epsilon", "noise_schedule": "linear", "min_snr_gamma": None, "channels_last": False}
 
 
-class Turns:
-    """Lets two threads work in turn, and keeps the time of each.
+class Clock:
+    """Counts what a contestant does in its time, which begins behind the first steps, in which kernels are made.
 
     Args:
-        seconds: What each may use.
+        seconds: What it may use.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.used = [0.0, 0.0]
-        self.images = [0, 0]
-        self.steps = [0, 0]
-        self._there = [True, True]
-        self._whose = 0
-        self._since = self._turn = 0.0
-        self._changed = threading.Condition()
+        self.used = 0.0
+        self.steps = self.images = 0
+        self._to_come = WARMUP
+        self._since = 0.0
 
-    def begin(self, me: int) -> None:
-        """Wait for one's first turn."""
-        with self._changed:
-            self._wait(me)
+    @property
+    def rate(self) -> float:
+        return self.images / self.used
 
-    def step(self, me: int, images: int) -> bool:
-        """Count a step, let the other work if it is its turn, and return whether there is time left."""
-        with self._changed:
-            now = time.perf_counter()
-            self.used[me] += now - self._since
-            self.images[me] += images
-            self.steps[me] += 1
-            self._since = now
-            if now - self._turn > TURN and self._there[1 - me]:
-                self._whose = 1 - me
-                self._changed.notify_all()
-                self._wait(me)
-        return self.used[me] < self.seconds
-
-    def end(self, me: int) -> None:
-        """Leave the rest to the other."""
-        with self._changed:
-            self._there[me] = False
-            self._whose = 1 - me
-            self._changed.notify_all()
-
-    def _wait(self, me: int) -> None:
-        self._changed.wait_for(lambda: self._whose == me or not self._there[1 - me])
-        self._since = self._turn = time.perf_counter()
+    def step(self, images: int) -> bool:
+        """Count a step, and return whether there is time left."""
+        now = time.perf_counter()
+        if self._to_come:
+            self._to_come -= 1
+        else:
+            self.used += now - self._since
+            self.images += images
+            self.steps += 1
+        self._since = now
+        return self.used < self.seconds
 
 
 class Recipe:
@@ -143,24 +124,21 @@ class Recipe:
 
 
 class _Timed(Callback):
-    """Takes turns after each step of the Trainer, and stops it when its time is up."""
+    """Stops the Trainer when its time is up."""
 
-    def __init__(self, turns: Turns, batch_size: int) -> None:
-        self.turns, self.batch_size = turns, batch_size
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.turns.begin(0)
+    def __init__(self, clock: Clock, batch_size: int) -> None:
+        self.clock, self.batch_size = clock, batch_size
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if not self.turns.step(0, self.batch_size):
+        if not self.clock.step(self.batch_size):
             trainer.should_stop = True
 
 
 Maker = Callable[[Tensor], Tensor]
-Opponent = Callable[[Any, Tensor, Turns, int], Maker]
+Opponent = Callable[[Any, Tensor, Clock, int], Maker]
 
 
-def ours(recipe: Recipe, turns: Turns, max_steps: int) -> Maker:
+def ours(recipe: Recipe, clock: Clock, max_steps: int) -> Maker:
     """Train the recipe in `fit`, and return what makes pictures of numbers."""
     seed_everything(0, verbose=False)
     model = recipe.model()
@@ -174,12 +152,9 @@ def ours(recipe: Recipe, turns: Turns, max_steps: int) -> Maker:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*average, _Timed(turns, recipe.batch_size)],
+        callbacks=[*average, _Timed(clock, recipe.batch_size)],
     )
-    try:
-        trainer.fit(model, recipe.data)
-    finally:
-        turns.end(0)
+    trainer.fit(model, recipe.data)
     model.eval()
     return lambda numbers: model.generate_pictures(SampleNoise(numbers, seed=1))
 
@@ -203,7 +178,7 @@ def epochs(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
         yield from loader
 
 
-def after_dcgan(model: Any, pictures: Tensor, turns: Turns, total_steps: int, batch_size: int = 128) -> Maker:
+def after_dcgan(model: Any, pictures: Tensor, clock: Clock, total_steps: int, batch_size: int = 128) -> Maker:
     """Train the generator and the discriminator of a GAN as PyTorch's public example does."""
     size = model.image_shape[1]
     steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]
@@ -217,21 +192,17 @@ def after_dcgan(model: Any, pictures: Tensor, turns: Turns, total_steps: int, ba
         output = discriminator(images).sigmoid().view(-1)
         return criterion(output, torch.full_like(output, label))
 
-    turns.begin(1)
-    try:
-        for real in epochs(loader):
-            discriminator.zero_grad()
-            judged(real, 1.0).backward()
-            made = generator(torch.randn(len(real), model.latent_dim))
-            judged(made.detach(), 0.0).backward()
-            adams[0].step()
-            generator.zero_grad()
-            judged(made, 1.0).backward()
-            adams[1].step()
-            if not turns.step(1, len(real)):
-                break
-    finally:
-        turns.end(1)
+    for real in epochs(loader):
+        discriminator.zero_grad()
+        judged(real, 1.0).backward()
+        made = generator(torch.randn(len(real), model.latent_dim))
+        judged(made.detach(), 0.0).backward()
+        adams[0].step()
+        generator.zero_grad()
+        judged(made, 1.0).backward()
+        adams[1].step()
+        if not clock.step(len(real)):
+            break
 
     def generate(numbers: Tensor) -> Tensor:
         made = generator(SampleNoise(numbers, seed=1).normal(model.latent_dim))
@@ -240,7 +211,7 @@ def after_dcgan(model: Any, pictures: Tensor, turns: Turns, total_steps: int, ba
     return generate
 
 
-def after_diffusers(model: Any, pictures: Tensor, turns: Turns, total_steps: int, batch_size: int = 16) -> Maker:
+def after_diffusers(model: Any, pictures: Tensor, clock: Clock, total_steps: int, batch_size: int = 16) -> Maker:
     """Train the network of a diffusion model as diffusers' example does; `model` samples by the same schedule."""
     from diffusers import DDPMScheduler
     from diffusers.optimization import get_scheduler
@@ -256,22 +227,18 @@ def after_diffusers(model: Any, pictures: Tensor, turns: Turns, total_steps: int
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=total_steps)
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    turns.begin(1)
-    try:
-        for clean in epochs(loader):
-            noise = torch.randn_like(clean)
-            times = torch.randint(0, 1000, (len(clean),))
-            predicted = network(scheduler.add_noise(clean, noise, times), times).sample
-            F.mse_loss(predicted.float(), noise.float()).backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            rate.step()
-            optimizer.zero_grad()
-            average.step(network.parameters())
-            if not turns.step(1, len(clean)):
-                break
-    finally:
-        turns.end(1)
+    for clean in epochs(loader):
+        noise = torch.randn_like(clean)
+        times = torch.randint(0, 1000, (len(clean),))
+        predicted = network(scheduler.add_noise(clean, noise, times), times).sample
+        F.mse_loss(predicted.float(), noise.float()).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
+        average.step(network.parameters())
+        if not clock.step(len(clean)):
+            break
     average.copy_to(network.parameters())
     model.eval()
     return lambda numbers: model.generate_pictures(SampleNoise(numbers, seed=1))
@@ -294,28 +261,27 @@ class Judge:
         return {name: float(metric.compute()["fid"]) for name, metric in metrics.items()}
 
 
-def run(recipe: Recipe, opponent: Opponent, turns: Turns, steps: list[int]) -> list[Maker]:
-    """Train both, ours on this thread, and return what makes pictures of each."""
-    model = recipe.opponents_model()
-    with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(opponent, model, recipe.pictures, turns, steps[1])
-        return [ours(recipe, turns, steps[0]), other.result()]
-
-
 def contest(title: str, recipe: Recipe, opponent: Opponent, judge: Judge, seconds: float) -> None:
     """Run both, and say how many pictures each trained on and how well it paints."""
-    # schedules need the number of steps, which a trial tells
-    trial = Turns(seconds / 12)
-    run(recipe, opponent, trial, [10**6, 10**6])
-    steps = [max(10, int(done / used * seconds)) for done, used in zip(trial.steps, trial.used, strict=True)]
-    turns = Turns(seconds)
-    results = [judge(maker) for maker in run(recipe, opponent, turns, steps)]
+
+    def run(place: int, clock: Clock, steps: int) -> Maker:
+        if place == 0:
+            return ours(recipe, clock, steps)
+        return opponent(recipe.opponents_model(), recipe.pictures, clock, steps)
+
     print(f"\n{title}, {seconds:.0f} s each")
-    rates = [images / used for images, used in zip(turns.images, turns.used, strict=True)]
-    for name, place in {"ours": 0, "theirs": 1}.items():
-        values = "".join(f"   FID by {features} {value:.3f}" for features, value in results[place].items())
-        print(f"  {name:<8}{turns.used[place]:6.1f} s{turns.steps[place]:7} steps{rates[place]:8.0f} images/s{values}")
-    ratio = rates[0] / rates[1]
+    clocks, results = [], []
+    for place, name in enumerate(("ours", "theirs")):
+        # schedules need the number of steps, which a trial tells
+        trial = Clock(seconds / 12)
+        run(place, trial, 10**6)
+        clock = Clock(seconds)
+        maker = run(place, clock, int(trial.steps / trial.used * seconds) + WARMUP)
+        clocks.append(clock)
+        results.append(judge(maker))
+        values = "".join(f"   FID by {features} {value:.3f}" for features, value in results[-1].items())
+        print(f"  {name:<8}{clock.used:6.1f} s{clock.steps:7} steps{clock.rate:8.0f} images/s{values}", flush=True)
+    ratio = clocks[0].rate / clocks[1].rate
     print(f"  images/s: {ratio:.2f} times theirs, at least {FASTER}: {'PASS' if ratio >= FASTER else 'MISSED'}")
     for features, value in results[0].items():
         verdict = "PASS" if value <= results[1][features] else "MISSED"
