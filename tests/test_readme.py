@@ -103,7 +103,7 @@ def test_links_and_extras_lead_somewhere():
     assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = {span.strip("[]") for span in SPANS if re.fullmatch(r"\[\w+\]", span)}
-    assert extras == {"parquet", "zstd", "hub", "vision"}
+    assert extras == {"parquet", "zstd", "hub", "vision", "generative"}
     assert [extra for extra in extras if not re.search(rf"^{extra} = \[", text, flags=re.M)] == []
 
 

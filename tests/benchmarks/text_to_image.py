@@ -1,7 +1,8 @@
-"""Judges pictures of prompts: `python tests/benchmarks/text_to_image.py --ckpt_path CHECKPOINT`.
+"""Judges pictures of prompts: `python tests/benchmarks/text_to_image.py`, with `--ckpt_path CHECKPOINT` for another.
 
-The checkpoint is one of the recipe text_to_image/shapes. It draws the prompts that the grammar of shapes has, those
-whose objects training showed and those with an object that it never did. An `ImageClassifier`, trained here on pictures
+The checkpoint is one of the recipe text_to_image/shapes, unless another is named that of its first run here. It draws
+the prompts that the grammar of shapes has, those whose objects training showed and those with an object that it never
+did. An `ImageClassifier`, trained here on pictures
 made by rule, says what it sees in each place that the prompt names: the whole picture of a single object, or the half
 in which each of two has to lie. It knows the 15 objects, and `something else`: nothing, two objects, cut ones, colours
 between two. A picture is right in colour and shape if each object of the prompt is seen, and right in place too if each
@@ -146,7 +147,11 @@ def draw_prompts(model: TextToImage, known: list[Scene], seed: int, batch_size: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt_path", required=True, help="checkpoint of text_to_image/shapes")
+    parser.add_argument(
+        "--ckpt_path",
+        default="runs/shapes/fit/version_0/checkpoints/last.ckpt",
+        help="checkpoint of text_to_image/shapes; that of the first fit here, if none is named",
+    )
     parser.add_argument("--prompts", type=int, default=0, help="draw that many of each kind, evenly spread; 0: all")
     parser.add_argument("--guidance_scale", type=float, help="another one than the checkpoint's")
     parser.add_argument("--seed", type=int, default=0)

@@ -30,11 +30,7 @@ from lightning_bigmodels.modules.diffusion.samplers import (
     seeds_of,
 )
 from lightning_bigmodels.modules.diffusion.text_denoisers import TextPictureNetwork, draw_latents, plain_config, scaling
-from lightning_bigmodels.modules.diffusion.text_encoders import (
-    CaptionTokenizer,
-    config_values,
-    describe_cut,
-)
+from lightning_bigmodels.modules.diffusion.text_encoders import CaptionTokenizer, config_values, describe_cut
 from lightning_bigmodels.modules.diffusion.text_parts import TextParts
 from lightning_bigmodels.modules.diffusion.text_pipelines import check_text_pipeline, write_text_pipeline
 from lightning_bigmodels.optim import ScheduleCallable
