@@ -12,7 +12,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_bigmodels import CausalLanguageModel, optim
+from lightning_bigmodels.__main__ import main
 from tests.conftest import TINY_LLAMA
+from tests.workers import run_on
 
 DROPOUT = {**TINY_LLAMA, "attention_dropout": 0.2}
 STEPS = 14
@@ -172,16 +174,18 @@ def test_a_real_kill_and_the_same_command_again(tmp_path, text_file, cache_dir, 
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     script = "import sys; from lightning_bigmodels.__main__ import main; sys.exit(main())"
 
-    def command(root, *more):
-        args = ["fit", "--config", str(path), "--trainer.default_root_dir", str(tmp_path / root), *more]
-        return subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=False)
+    def arguments(root, *more):
+        return ["fit", "--config", str(path), "--trainer.default_root_dir", str(tmp_path / root), *more]
+
+    def command(*words):
+        args = [sys.executable, "-c", script, *arguments(*words)]
+        return subprocess.run(args, capture_output=True, text=True, check=False)
 
     def weights(root):
         (last,) = (tmp_path / root / "fit").glob("version_*/checkpoints/last.ckpt")
         return torch.load(last, weights_only=True)
 
-    whole = command("whole")
-    assert whole.returncode == 0, whole.stderr
+    assert run_on(1, main, arguments("whole")) == [0]
     killed = command("cut", "--trainer.callbacks+=tests.test_resume.Kill", "--trainer.callbacks.after_batch=21")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert weights("cut")["global_step"] == 8

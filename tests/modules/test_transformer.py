@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -116,7 +117,9 @@ def test_activation_checkpointing_changes_no_number():
         assert torch.equal(gradient, results[1][1][name])
 
 
-def test_compile_changes_neither_loss_nor_checkpoint_keys():
+def test_compile_changes_neither_loss_nor_checkpoint_keys(monkeypatch):
+    # inductor's half minute of C++ is spent in the test of the compiled classifier; here the graphs count
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     ids, labels = batch()
     plain, compiled = build(), build(compile=True)
     assert plain.state_dict().keys() == compiled.state_dict().keys()
