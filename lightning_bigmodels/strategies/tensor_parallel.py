@@ -81,7 +81,7 @@ def parallelize(network: nn.Module, mesh: DeviceMesh, styles: dict[str, Parallel
         for module, other_name in others:
             module.register_parameter(other_name, getattr(first, name))
     for tensor in (*network.parameters(), *network.buffers()):
-        if not isinstance(tensor, DTensor):
+        if not isinstance(tensor, DTensor) and not tensor.is_meta:
             # without a seed each process drew its own numbers
             on_mesh = tensor.data.to(mesh.device_type)
             torch.distributed.broadcast(on_mesh, group=mesh.get_group(), group_src=0)

@@ -1,0 +1,1 @@
+"""Memory, FLOPs, communication and time of a recipe, before it runs."""

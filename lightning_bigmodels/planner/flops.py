@@ -1,0 +1,36 @@
+"""Floating-point operations of torch's operations, as `torch.utils.flop_counter` has them, and what it lacks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+
+
+def count_flops(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Return the floating-point operations of a call, a multiplication and an addition counted as two.
+
+    Only matrix products, convolutions and attention count: the rest is bound by memory. Causal attention counts as a
+    whole, as everybody counts it, although half of it is left out.
+
+    Args:
+        operator: An overload of torch's.
+        args: Its arguments.
+        kwargs: Its named arguments.
+        result: What it returned.
+    """
+    packet = operator._overloadpacket
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        query, key, value = _shapes(args[:3])
+        return int(sdpa_flop_count(query, key, value))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        gradient, query, key, value = _shapes(args[:4])
+        return int(sdpa_backward_flop_count(gradient, query, key, value))
+    formula = flop_registry.get(packet)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+
+
+def _shapes(tensors: tuple[Tensor, ...]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]

@@ -1,0 +1,313 @@
+"""Steps of a run on tensors without memory, as the first of any number of processes."""
+
+import copy
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.planner.trace import StepTrace, Transfer
+
+STEPS = 2
+"""Optimizers make their state in the first step: the second is the one that all others are like."""
+
+
+_BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's own
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is run: what the Trainer's lines and the data module's say, and what a plan may change.
+
+    Attributes:
+        strategy: Name of a strategy, as for `trainer.strategy`.
+        precision: As for `trainer.precision`.
+        devices: Processes of a node.
+        num_nodes: Nodes.
+        batch_size: Rows of a batch on each process.
+        accumulate_grad_batches: Batches of an optimizer step.
+        gradient_clip_val: As for the Trainer.
+        activation_checkpointing: Whether blocks are computed anew in the backward pass; None: as the model says.
+    """
+
+    strategy: str = "auto"
+    precision: str = "32-true"
+    devices: int = 1
+    num_nodes: int = 1
+    batch_size: int = 1
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    activation_checkpointing: bool | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self.devices * self.num_nodes
+
+
+class _Environment(ClusterEnvironment):
+    """The first of some processes, the others of which are not there."""
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__()
+        self._world_size = world_size
+
+    @property
+    @override
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    @override
+    def main_address(self) -> str:
+        return "127.0.0.1"
+
+    @property
+    @override
+    def main_port(self) -> int:
+        return 0
+
+    @staticmethod
+    @override
+    def detect() -> bool:
+        return False
+
+    @override
+    def world_size(self) -> int:
+        return self._world_size
+
+    @override
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    @override
+    def global_rank(self) -> int:
+        return 0
+
+    @override
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+    @override
+    def local_rank(self) -> int:
+        return 0
+
+    @override
+    def node_rank(self) -> int:
+        return 0
+
+
+class _Batches(LightningDataModule):
+    """Made-up batches, changed as the user's data module changes real ones."""
+
+    def __init__(self, datamodule: Any, batch_size: int, num_batches: int) -> None:
+        super().__init__()
+        self._datamodule = datamodule
+        self._batch_size = batch_size
+        self._num_batches = num_batches
+        for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+            setattr(self, hook, getattr(datamodule, hook))
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self._num_batches):
+            yield self._datamodule.example_batch(self._batch_size)
+
+    def train_dataloader(self) -> "_Batches":
+        return self
+
+    def val_dataloader(self) -> list[Any]:
+        return []
+
+
+class _Watch(Callback):
+    """Tells the trace what the step is at, and which tensors are what."""
+
+    def __init__(self, trace: StepTrace) -> None:
+        self.trace = trace
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        with torch.device("meta"), trainer.precision_plugin.module_init_context():
+            pl_module.configure_model()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.trace.restart()
+        self.trace.phase = "forward"
+        self.trace.note(tree_leaves(batch), "inputs")
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        self.trace.phase = "backward"
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.trace.phase = "forward"
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.trace.phase = "update"
+
+    def after_update(self, optimizer: Optimizer, *_: Any) -> None:
+        """Note the state that the optimizer has made."""
+        self.trace.note([value for state in optimizer.state.values() for value in state.values()], "optimizer state")
+        self.trace.phase = "forward"
+
+
+def simulate(model: LightningModule, datamodule: Any, setting: Setting, block_size: int = 1) -> StepTrace:
+    """Run steps of a fit as rank 0 of all processes, and return what the second one costs.
+
+    No tensor has memory and no other process is there, so that a network of any size on any number of processes takes
+    seconds. Compiled networks are run as they are written: fused operations would hold less.
+
+    Args:
+        model: The model, whose network is not built yet; it stays so.
+        datamodule: Its `example_batch(batch_size)` makes the batches.
+        setting: How the step is run.
+        block_size: Bytes that the allocator's blocks are a multiple of.
+
+    Raises:
+        InputError: the strategy cannot be simulated, or an operation hangs on values.
+    """
+    trace = StepTrace(block_size)
+    model = copy.deepcopy(model)
+    if setting.activation_checkpointing is not None:
+        model.activation_checkpointing = setting.activation_checkpointing  # type: ignore[assignment]
+    trainer = _trainer(setting, _Watch(trace))
+    # from the second batch on, gradients are there in the backward pass: more batches need no more memory
+    num_batches = STEPS * trainer.accumulate_grad_batches
+    with ExitStack() as stack:
+        stack.enter_context(_process_group(trainer.strategy, setting.world_size))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "transformers" in sys.modules:
+            # it would leave out what is right only while a graph is recorded, such as attention without a mask (5.24)
+            stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False))
+        stack.enter_context(warnings.catch_warnings())
+        # what a real run may be told of, a plan need not
+        warnings.simplefilter("ignore")
+        _set_up_without_memory(trainer.strategy, trace, stack)
+        trainer.fit(model, datamodule=_Batches(datamodule, setting.batch_size, num_batches))
+    return trace
+
+
+def _trainer(setting: Setting, watch: Callback) -> Trainer:
+    if setting.strategy.startswith("fsdp") and not setting.strategy.startswith("fsdp2"):
+        raise InputError(
+            f"the strategy {setting.strategy} flattens parameters by code that needs a GPU, and cannot be planned; "
+            f"plan with fsdp2, which holds the same shards"
+        )
+    if setting.strategy.startswith(("deepspeed", "xla", "ddp_spawn", "ddp_notebook", "ddp_fork")):
+        raise InputError(f"the strategy {setting.strategy} cannot be planned; plan with ddp or fsdp2")
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=setting.devices,
+        num_nodes=setting.num_nodes,
+        strategy="ddp" if setting.strategy == "auto" and setting.world_size > 1 else setting.strategy,
+        precision=cast(Any, setting.precision),
+        accumulate_grad_batches=min(2, setting.accumulate_grad_batches),
+        gradient_clip_val=setting.gradient_clip_val,
+        max_epochs=1,
+        limit_val_batches=0,
+        logger=False,
+        callbacks=[watch],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.barebones = True  # self.log does nothing: its metrics would want values
+    return trainer
+
+
+@contextmanager
+def _process_group(strategy: Strategy, world_size: int) -> Iterator[None]:
+    """Let the strategy find itself the first of all its processes."""
+    if isinstance(strategy, SingleDeviceStrategy):
+        yield
+        return
+    strategy.cluster_environment = _Environment(world_size)  # type: ignore[attr-defined]
+    strategy._launcher = None
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _set_up_without_memory(strategy: Strategy, trace: StepTrace, stack: ExitStack) -> None:
+    """Have the network built on the meta device, and everything that comes after it on tensors without memory.
+
+    What shards a network has to run before that mode, in which meshes cannot be looked into (torch 2.14).
+    """
+    set_up = strategy.setup
+
+    def set_up_in_mode(trainer: Trainer) -> None:
+        module = strategy.lightning_module
+        assert module is not None
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        module.to_empty(device="cpu")
+        trace.note((*module.parameters(), *module.buffers()), "parameters")
+        stack.enter_context(trace)
+        set_up(trainer)
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: trace.note([p.grad], "gradients"))
+        for optimizer in strategy.optimizers:
+            optimizer.register_step_post_hook(_Watch(trace).after_update)
+
+    def nothing(*_: Any) -> None:
+        return None
+
+    strategy.setup = set_up_in_mode  # type: ignore[method-assign]
+    # tensors without memory are on no device, and cannot be moved to one
+    strategy.model_to_device = nothing  # type: ignore[method-assign]
+    strategy.teardown = nothing  # type: ignore[method-assign]
+    # they were built in their dtype
+    strategy.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
+    if isinstance(strategy, DDPStrategy):
+        strategy.configure_ddp = lambda: _keep_buckets(strategy, trace)  # type: ignore[method-assign]
+        strategy.pre_backward = nothing  # type: ignore[method-assign,assignment]
+        strategy.block_backward_sync = nullcontext  # type: ignore[method-assign,assignment]
+
+
+def _keep_buckets(strategy: DDPStrategy, trace: StepTrace) -> None:
+    """Hold and send what DistributedDataParallel does; its own reducer, in C++, reads values.
+
+    It holds each gradient once more, in buckets that are summed over the processes as they fill up.
+    """
+    module = strategy.lightning_module
+    assert module is not None
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not strategy._ddp_kwargs.get("gradient_as_bucket_view"):
+        strategy._simulated_buckets = [torch.empty_like(parameter) for parameter in parameters]  # type: ignore[attr-defined]
+        trace.note(strategy._simulated_buckets, "communication")  # type: ignore[attr-defined]
+    processes = strategy.world_size
+    filled = 0
+
+    def fill(parameter: torch.Tensor) -> None:
+        nonlocal filled
+        filled += parameter.nbytes
+        if filled >= _BUCKET_BYTES or parameter is parameters[0]:
+            trace.transfers[Transfer("allreduce_", "backward", filled, processes)] += 1
+            filled = 0
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(fill)

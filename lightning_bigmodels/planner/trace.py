@@ -1,0 +1,262 @@
+"""What a step allocates, computes and sends: each tensor's storage from creation to release, real or fake."""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typing_extensions import Self, override
+
+from lightning_bigmodels.planner.assumptions import assume, suppose
+from lightning_bigmodels.planner.flops import count_flops
+
+Kind = Literal["parameters", "gradients", "optimizer state", "inputs", "activations", "communication", "temporary"]
+Phase = Literal["forward", "backward", "update"]
+
+_KINDS_OF_PHASES: dict[Phase, Kind] = {"forward": "activations", "backward": "temporary", "update": "temporary"}
+# collectives, and what FSDP2 copies into and out of their buffers
+_COMMUNICATION = ("c10d", "_c10d_functional", "fsdp")
+
+
+class Moment(NamedTuple):
+    """The memory at one place of the step."""
+
+    operation: int
+    """Number of the operation since the step began."""
+    phase: Phase
+    """What the step was at."""
+    held: dict[Kind, int]
+    """Bytes of each kind."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all kinds."""
+        return sum(self.held.values())
+
+
+class Operation(NamedTuple):
+    """What an operation costs, whatever device it runs on."""
+
+    name: str
+    """As torch calls it, such as `aten::mm`."""
+    phase: Phase
+    """When it ran."""
+    flops: int
+    """Floating-point operations, a multiplication and an addition counted as two; 0 where only memory counts."""
+    traffic: int
+    """Bytes read and written, each input and output once."""
+    dtype: torch.dtype | None
+    """Of its first floating-point input."""
+
+
+class Transfer(NamedTuple):
+    """A collective."""
+
+    name: str
+    """As torch calls it, such as `_allgather_base_`."""
+    phase: Phase
+    """When it ran."""
+    size: int
+    """Bytes of the larger of what goes in and what comes out, on this process."""
+    processes: int
+    """How many take part."""
+
+
+@dataclass
+class _Held:
+    kind: Kind
+    size: int
+    reference: "weakref.ref[torch.UntypedStorage]"
+
+
+class StepTrace(TorchDispatchMode):
+    """Follows operations and the storages that they make, as long as it is entered.
+
+    Nothing is counted twice: a view has the storage of what it shows, a DTensor that of its own shard. What extensions
+    allocate outside of torch's dispatcher is not seen.
+
+    Args:
+        block_size: Bytes that an allocator's blocks are a multiple of, 512 on CUDA.
+
+    Attributes:
+        phase: What the step is at; set by who runs it.
+        peak: The moment at which most was held.
+        history: (operation, bytes held) whenever the bytes have changed.
+        operations: How often each operation ran; alike ones are one.
+        transfers: How often each collective ran.
+        assumptions: Names of operations whose result hangs on values, and was assumed.
+    """
+
+    def __init__(self, block_size: int = 1) -> None:
+        super().__init__()
+        self.block_size = block_size
+        self.phase: Phase = "forward"
+        self._held: dict[int, _Held] = {}
+        self._sums: Counter[Kind] = Counter()
+        self._total = 0
+        self._resize: Callable[..., Any] | None = None
+        self.assumptions: set[str] = set()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a step: forget what was, but for what is held."""
+        self._number = 0
+        self.history: list[tuple[int, int]] = []
+        self.operations: Counter[Operation] = Counter()
+        self.transfers: Counter[Transfer] = Counter()
+        self.peak = Moment(0, self.phase, self.held)
+
+    # ---- memory
+
+    @property
+    def held(self) -> dict[Kind, int]:
+        """Bytes held now, by kind."""
+        return {kind: size for kind, size in self._sums.items() if size}
+
+    def note(self, tensors: Iterable[Any], kind: Kind) -> None:
+        """Say what tensors are, whether they are followed already or not."""
+        for tensor in tensors:
+            for storage in storages(tensor):
+                known = self._held.get(storage._cdata)
+                if known is None:
+                    self._follow(storage, kind)
+                else:
+                    self._sums[known.kind] -= known.size
+                    self._sums[kind] += known.size
+                    known.kind = kind
+
+    def _follow(self, storage: torch.UntypedStorage, kind: Kind) -> None:
+        key, size = storage._cdata, self._rounded(storage.nbytes())
+
+        def release(_: Any) -> None:
+            gone = self._held.pop(key)
+            self._sums[gone.kind] -= gone.size
+            self._change(-gone.size)
+
+        self._held[key] = _Held(kind, size, weakref.ref(storage, release))
+        self._sums[kind] += size
+        self._change(size)
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        known = self._held.get(storage._cdata)
+        if known is not None:
+            difference = self._rounded(storage.nbytes()) - known.size
+            known.size += difference
+            self._sums[known.kind] += difference
+            self._change(difference)
+
+    def _rounded(self, size: int) -> int:
+        return -(-size // self.block_size) * self.block_size
+
+    def _change(self, difference: int) -> None:
+        self._total += difference
+        self.history.append((self._number, self._total))
+        if self._total > self.peak.total:
+            self.peak = Moment(self._number, self.phase, self.held)
+
+    # ---- operations
+
+    @override
+    def __enter__(self) -> Self:
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def followed(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self._resized(storage)
+            return result
+
+        # FSDP2 empties and fills the storages of gathered parameters, past the dispatcher
+        torch.UntypedStorage.resize_ = followed  # type: ignore[method-assign,assignment]
+        super().__enter__()
+        return self
+
+    @override
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign,assignment]
+        super().__exit__(kind, error, traceback)
+
+    @override
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its own operations on the shards come back here
+        kwargs = kwargs or {}
+        try:
+            result = operator(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            result = assume(operator, args, kwargs)
+            self.assumptions.add(operator.name())
+        if operator._overloadpacket is torch.ops.aten.all:
+            suppose(result)
+        self._number += 1
+        kind = "communication" if operator.namespace in _COMMUNICATION else _KINDS_OF_PHASES[self.phase]
+        for tensor in tree_leaves(result):
+            for storage in storages(tensor):
+                if storage._cdata not in self._held:
+                    self._follow(storage, kind)
+        if operator.namespace in _COMMUNICATION[:2]:
+            self._note_transfer(operator, args, result)
+        else:
+            self._note_operation(operator, args, kwargs, result)
+        return result
+
+    def _note_transfer(self, operator: Any, args: tuple[Any, ...], result: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor)]
+        sizes = [size for argument in args if (size := _group_size(argument))]
+        if tensors and sizes:
+            size = max(tensor.nbytes for tensor in tensors)
+            self.transfers[Transfer(operator._overloadpacket.__name__, self.phase, size, sizes[0])] += 1
+
+    def _note_operation(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        known = {storage._cdata for tensor in inputs for storage in storages(tensor)}
+        made = [tensor for tensor in outputs if not known & {storage._cdata for storage in storages(tensor)}]
+        flops = count_flops(operator, args, kwargs, result)
+        in_place = operator._schema.is_mutable
+        if not flops and not made and not in_place:
+            return  # a view
+        dtype = next((tensor.dtype for tensor in inputs if tensor.is_floating_point()), None)
+        traffic = sum(tensor.nbytes for tensor in (*inputs, *(outputs if in_place else made)))
+        self.operations[Operation(operator.name(), self.phase, flops, traffic, dtype)] += 1
+
+
+def storages(tensor: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield what a tensor's values lie in on this process: of a DTensor its shard, of a subclass its parts."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor._local_tensor
+    if not isinstance(tensor, Tensor):
+        return
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from storages(getattr(tensor, name))
+    elif tensor.layout is torch.strided and tensor.device.type != "meta":
+        yield tensor.untyped_storage()
+
+
+def _group_size(argument: Any) -> int:
+    """Return how many processes a group has, which collectives take as an object or by its name; 0 for all else."""
+    if isinstance(argument, torch.ScriptObject):
+        try:
+            return int(ProcessGroup.unbox(argument).size())
+        except RuntimeError:  # a ReduceOp
+            return 0
+    if isinstance(argument, str):
+        try:
+            return int(_resolve_process_group(cast(Any, argument)).size())
+        except (RuntimeError, ValueError):  # the name of an operation, such as sum
+            return 0
+    return 0

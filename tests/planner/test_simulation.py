@@ -1,0 +1,134 @@
+"""Steps on tensors without memory: they hold, compute and send what real ones do."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_bigmodels import CausalLanguageModel, ImageClassifier, Images, Text
+from lightning_bigmodels.batch_size import find_batch_size
+from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.planner.simulation import Setting, simulate
+from lightning_bigmodels.planner.trace import StepTrace
+from lightning_bigmodels.tasks import Task
+
+ROWS = 8
+
+
+def language_model():
+    config = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    return CausalLanguageModel("llama", config), Text("python-docs", vocab_size=512, block_size=128, batch_size=ROWS)
+
+
+def classifier():
+    data = Images("sklearn-digits", image_size=32, channels=3, batch_size=ROWS)
+    return ImageClassifier("small_resnet", num_classes=10, channels=3, image_size=32), data
+
+
+def step(trace, mode):
+    """Run two steps of a small network by hand, and return its parameters' bytes."""
+    with mode:
+        network = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
+        optimizer = torch.optim.AdamW(network.parameters())
+        trace.note(network.parameters(), "parameters")
+        with trace:
+            for _ in range(2):
+                trace.restart()
+                trace.phase = "forward"
+                loss = network(torch.ones(512, 256)).square().mean()
+                trace.phase = "backward"
+                loss.backward()
+                trace.note([p.grad for p in network.parameters()], "gradients")
+                trace.phase = "update"
+                optimizer.step()
+                trace.note([v for state in optimizer.state.values() for v in state.values()], "optimizer state")
+                optimizer.zero_grad()
+                del loss
+        return sum(p.nbytes for p in network.parameters())
+
+
+def test_without_memory_it_holds_and_computes_what_real_tensors_do():
+    fake, real = StepTrace(), StepTrace()
+    size = step(fake, FakeTensorMode())
+    assert step(real, nullcontext()) == size
+    assert fake.peak.held == real.peak.held
+    assert fake.peak.held["parameters"] == size
+    assert size * 2 <= fake.peak.held["optimizer state"] < size * 2 + 100
+    # two products forward; backward their weights' gradients, and of the inputs' that of the second
+    products = 2 * 512 * 256 * 1024
+    assert sum(count * operation.flops for operation, count in fake.operations.items()) == 5 * products
+    assert fake.held == {}
+
+
+def test_blocks_are_rounded_and_views_hold_nothing():
+    trace = StepTrace(block_size=512)
+    with trace:
+        x = torch.ones(3)
+        y = x.view(1, 3)
+    assert trace.held == {"activations": 512}
+    del x, y
+    assert trace.held == {}
+
+
+@pytest.mark.parametrize("make", [language_model, classifier])
+def test_the_peak_is_within_two_percent_of_a_real_one(make):
+    found = simulate(*make(), Setting(batch_size=ROWS, precision="bf16-mixed")).peak.total
+    trainer = Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        max_steps=10,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    measured = find_batch_size(trainer, *make(), max_batch_size=ROWS).peaks[0]
+    assert found == pytest.approx(measured, rel=0.02)
+
+
+def test_strategies_hold_and_send_their_part():
+    model, data = language_model()
+    alone = simulate(model, data, Setting(batch_size=ROWS)).peak.held
+    size = alone["gradients"]
+    copies = simulate(model, data, Setting("ddp", batch_size=ROWS, devices=4))
+    assert {transfer.name: count * transfer.size for transfer, count in copies.transfers.items()} == {
+        "allreduce_": size
+    }
+    assert copies.peak.held["communication"] == size
+    sharded = simulate(model, data, Setting("fsdp2", batch_size=ROWS, devices=4, num_nodes=2))
+    assert sharded.peak.held["optimizer state"] == pytest.approx(2 * size / 8, rel=0.01)
+    scattered = sum(
+        count * transfer.size for transfer, count in sharded.transfers.items() if "reduce_scatter" in transfer.name
+    )
+    assert scattered == pytest.approx(size, rel=0.01)
+    assert {transfer.processes for transfer in sharded.transfers} == {8}
+    split = simulate(model, data, Setting("tp", batch_size=ROWS, devices=2))
+    assert split.peak.held["parameters"] < 0.52 * alone["parameters"]
+    assert any(transfer.processes == 2 for transfer in split.transfers)
+    checkpointed = simulate(model, data, Setting(batch_size=ROWS, activation_checkpointing=True))
+    assert checkpointed.peak.total < 0.6 * sum(alone.values())
+    assert model.network is None
+
+
+class Counts(Task):
+    """Its loss counts values, which hangs on them."""
+
+    def build_network(self):
+        return nn.Linear(1, 1)
+
+    def step(self, phase, batch):
+        counts = torch.bincount(batch["labels"])
+        return self.network(counts[:, None].float()).mean()
+
+
+def test_what_cannot_be_planned_is_named():
+    _, data = classifier()
+    with pytest.raises(InputError, match=r"the step cannot be planned: the result of aten::bincount hangs on values"):
+        simulate(Counts(), data, Setting(batch_size=ROWS))
+    for strategy, words in {"fsdp": "plan with fsdp2, which holds the same shards", "ddp_spawn": "with ddp or"}.items():
+        with pytest.raises(InputError, match=words):
+            simulate(*classifier(), Setting(strategy, batch_size=ROWS, devices=2))
