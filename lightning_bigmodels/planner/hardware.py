@@ -1,0 +1,199 @@
+"""What a device can hold, compute and send: a table with a source for each row, and this machine measured."""
+
+import csv
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lightning_bigmodels.errors import InputError, near
+from lightning_bigmodels.peak_memory import available_host_memory
+
+_TABLE = Path(__file__).with_name("hardware.csv")
+_PEAKS = {
+    "fp32_tflops": torch.float32,
+    "bf16_tflops": torch.bfloat16,
+    "fp16_tflops": torch.float16,
+    "fp8_tflops": torch.float8_e4m3fn,
+}
+_NUMBERS = ("memory_gib", "memory_gb_s", *_PEAKS, "tf32_tflops", "link_gb_s", "network_gb_s")
+_COLUMNS = ("name", *_NUMBERS, "source")
+# what older devices lack is computed in the next wider format
+_WIDER = {torch.float8_e4m3fn: torch.bfloat16, torch.float16: torch.bfloat16, torch.bfloat16: torch.float32}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A kind of device. Speeds are the maker's, without sparsity: what a program reaches of them is for `timing`.
+
+    Attributes:
+        name: Name in the table, or `cpu`.
+        memory: Bytes of one device that programs may use.
+        memory_bandwidth: Bytes per second.
+        peak_flops: Floating-point operations per second by the format of a product's factors; float32 without TF32.
+        tf32_flops: Of float32 products where `torch.set_float32_matmul_precision` allows TF32.
+        link_bandwidth: Bytes per second in one direction, of one device to the others of its node.
+        network_bandwidth: Bytes per second in one direction, of one device to other nodes.
+        source: Where the numbers are from.
+    """
+
+    name: str
+    memory: int
+    memory_bandwidth: float
+    peak_flops: dict[torch.dtype, float]
+    tf32_flops: float
+    link_bandwidth: float
+    network_bandwidth: float
+    source: str
+
+    def flops_of(self, dtype: torch.dtype | None) -> float:
+        """Return the peak for products of a format; of a format that the device lacks, that of a wider one."""
+        if dtype is None or dtype == torch.float64:
+            return self.peak_flops[torch.float32]
+        while dtype not in self.peak_flops:
+            dtype = _WIDER.get(dtype, torch.float32)
+        return self.peak_flops[dtype]
+
+
+def find_hardware(name: str, table: str | None = None) -> Hardware:
+    """Return a kind of device by its name; `cpu` is this machine, measured.
+
+    Args:
+        name: A name in the table, in any case.
+        table: As for `known_hardware`.
+
+    Raises:
+        InputError: There is no such device, or the table cannot be read.
+    """
+    known = known_hardware(table)
+    key = name.strip().lower()
+    if key in known:
+        return known[key]
+    if key == "cpu":
+        return _this_machine()
+    raise InputError(
+        f"no device {name!r} in the table{near(key, [*known, 'cpu'])}; "
+        f"others can be added in a table of your own with the columns {','.join(_COLUMNS)}"
+    )
+
+
+def known_hardware(table: str | None = None) -> dict[str, Hardware]:
+    """Return all kinds of devices by name.
+
+    Args:
+        table: A CSV file of the user's with the columns of the package's `planner/hardware.csv`, whose rows come over
+            those. A peak that is left empty is one that the device lacks.
+
+    Raises:
+        InputError: The table cannot be read; the message names the line.
+    """
+    known = _read(_TABLE)
+    if table is not None:
+        known |= _read(Path(table))
+    return known
+
+
+def _read(path: Path) -> dict[str, Hardware]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+            if missing:
+                raise InputError(
+                    f"{path}:1: no column {', '.join(missing)} in the hardware table; it needs {','.join(_COLUMNS)}"
+                )
+            found = [_row(row, f"{path}:{reader.line_num}") for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(
+            f"the hardware table {path} cannot be read ({error}); name a CSV file with the columns {','.join(_COLUMNS)}"
+        ) from error
+    return {hardware.name: hardware for hardware in found}
+
+
+def _row(row: dict[str, str | None], place: str) -> Hardware:
+    name = (row["name"] or "").strip().lower()
+    if not name or name == "cpu":
+        raise InputError(
+            f"{place}: the name is {row['name']!r}; give the device one, other than cpu, which is measured"
+        )
+    values = {column: _number(row[column], column, place) for column in _NUMBERS}
+    peaks = {dtype: value * 1e12 for column, dtype in _PEAKS.items() if (value := values[column]) is not None}
+
+    def needed(column: str) -> float:
+        value = values[column]
+        if value is None:
+            raise InputError(f"{place}: {column} of {name} is empty; only peaks of formats that it lacks may be")
+        return value
+
+    needed("fp32_tflops")
+    return Hardware(
+        name=name,
+        memory=int(needed("memory_gib") * 2**30),
+        memory_bandwidth=needed("memory_gb_s") * 1e9,
+        peak_flops=peaks,
+        tf32_flops=(values["tf32_tflops"] or needed("fp32_tflops")) * 1e12,
+        link_bandwidth=needed("link_gb_s") * 1e9,
+        network_bandwidth=needed("network_gb_s") * 1e9,
+        source=(row["source"] or "").strip(),
+    )
+
+
+def _number(text: str | None, column: str, place: str) -> float | None:
+    if text is None or not text.strip():
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (0 < value < math.inf):
+        raise InputError(f"{place}: {column} is {text!r}; it must be a number above 0")
+    return value
+
+
+# ---- this machine
+
+
+@functools.cache
+def _this_machine() -> Hardware:
+    """Measure products and copies on all threads of this process, in about a second."""
+    peaks = {dtype: _product_flops(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    source = torch.ones(2**26, dtype=torch.uint8)  # larger than the caches of most processors
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
+    return Hardware(
+        name="cpu",
+        memory=available_host_memory(),
+        memory_bandwidth=bandwidth,
+        peak_flops=peaks,
+        tf32_flops=peaks[torch.float32],
+        # processes of one machine copy into a socket and out of it: four passes over memory
+        link_bandwidth=bandwidth / 4,
+        network_bandwidth=1.25e9,
+        source="measured here: products of 1024 x 1024 matrices, copies of 64 MiB; 10 Gbit/s network assumed",
+    )
+
+
+def _product_flops(dtype: torch.dtype) -> float:
+    """Return operations per second of square products: as large as take no more than a tenth of a second or so."""
+    size = 128
+    while True:
+        factor = torch.ones(size, size, dtype=dtype)
+        seconds = _seconds(lambda factor=factor: factor @ factor)  # type: ignore[misc]
+        if size >= 1024 or seconds > 0.02:
+            return 2 * size**3 / seconds
+        size *= 2
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Return the least time of three runs after one that warms up."""
+    work()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
