@@ -4,6 +4,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, cast
 
@@ -37,11 +38,26 @@ class Moment(NamedTuple):
     """What the step was at."""
     held: dict[Kind, int]
     """Bytes of each kind."""
+    name: str = ""
+    """The operation that ran, as torch calls it."""
 
     @property
     def total(self) -> int:
         """Bytes of all kinds."""
         return sum(self.held.values())
+
+
+class Change(NamedTuple):
+    """Bytes that were taken or given back, or that turned out to be of another kind: then there are two of these."""
+
+    operation: int
+    """Number of the operation since the step began."""
+    phase: Phase
+    """What the step was at."""
+    kind: Kind
+    """Of what there is more or less."""
+    difference: int
+    """Bytes, below 0 where they were given back."""
 
 
 class Operation(NamedTuple):
@@ -91,7 +107,8 @@ class StepTrace(TorchDispatchMode):
     Attributes:
         phase: What the step is at; set by who runs it.
         peak: The moment at which most was held.
-        history: (operation, bytes held) whenever the bytes have changed.
+        start: Bytes held by kind when the step began.
+        changes: What was taken and given back since, in this order.
         operations: How often each operation ran; alike ones are one.
         transfers: How often each collective ran.
         assumptions: Names of operations whose result hangs on values, and was assumed.
@@ -104,6 +121,7 @@ class StepTrace(TorchDispatchMode):
         self._held: dict[int, _Held] = {}
         self._sums: Counter[Kind] = Counter()
         self._total = 0
+        self._running: Any = None
         self._resize: Callable[..., Any] | None = None
         self.assumptions: set[str] = set()
         self.restart()
@@ -111,10 +129,17 @@ class StepTrace(TorchDispatchMode):
     def restart(self) -> None:
         """Begin a step: forget what was, but for what is held."""
         self._number = 0
-        self.history: list[tuple[int, int]] = []
+        self.start = self.held
+        self.changes: list[Change] = []
         self.operations: Counter[Operation] = Counter()
         self.transfers: Counter[Transfer] = Counter()
         self.peak = Moment(0, self.phase, self.held)
+
+    @property
+    def history(self) -> list[tuple[int, int]]:
+        """(operation, bytes held) whenever the bytes have changed."""
+        totals = accumulate((change.difference for change in self.changes), initial=sum(self.start.values()))
+        return list(zip((0, *(change.operation for change in self.changes)), totals, strict=True))
 
     # ---- memory
 
@@ -130,9 +155,9 @@ class StepTrace(TorchDispatchMode):
                 known = self._held.get(storage._cdata)
                 if known is None:
                     self._follow(storage, kind)
-                else:
-                    self._sums[known.kind] -= known.size
-                    self._sums[kind] += known.size
+                elif known.kind != kind:
+                    self._count(known.kind, -known.size)
+                    self._count(kind, known.size)
                     known.kind = kind
 
     def _follow(self, storage: torch.UntypedStorage, kind: Kind) -> None:
@@ -140,29 +165,31 @@ class StepTrace(TorchDispatchMode):
 
         def release(_: Any) -> None:
             gone = self._held.pop(key)
-            self._sums[gone.kind] -= gone.size
-            self._change(-gone.size)
+            self._change(gone.kind, -gone.size)
 
         self._held[key] = _Held(kind, size, weakref.ref(storage, release))
-        self._sums[kind] += size
-        self._change(size)
+        self._change(kind, size)
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
         known = self._held.get(storage._cdata)
         if known is not None:
             difference = self._rounded(storage.nbytes()) - known.size
             known.size += difference
-            self._sums[known.kind] += difference
-            self._change(difference)
+            self._change(known.kind, difference)
 
     def _rounded(self, size: int) -> int:
         return -(-size // self.block_size) * self.block_size
 
-    def _change(self, difference: int) -> None:
+    def _count(self, kind: Kind, difference: int) -> None:
+        self._sums[kind] += difference
+        self.changes.append(Change(self._number, self.phase, kind, difference))
+
+    def _change(self, kind: Kind, difference: int) -> None:
+        self._count(kind, difference)
         self._total += difference
-        self.history.append((self._number, self._total))
         if self._total > self.peak.total:
-            self.peak = Moment(self._number, self.phase, self.held)
+            name = "" if self._running is None else self._running.name()
+            self.peak = Moment(self._number, self.phase, self.held, name)
 
     # ---- operations
 
@@ -194,6 +221,7 @@ class StepTrace(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its own operations on the shards come back here
         kwargs = kwargs or {}
+        self._running = operator
         try:
             result = operator(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
