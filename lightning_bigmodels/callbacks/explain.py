@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_bigmodels.attribution import Explains, attribute, check_method, explaining
 from lightning_bigmodels.callbacks.report import run_folder, send_picture, write_picture
 from lightning_bigmodels.callbacks.validation_pictures import grid
+from lightning_bigmodels.callbacks.validation_view import ValidationView
 from lightning_bigmodels.data.batches import FILLER, IGNORED
 from lightning_bigmodels.data.datamodule import DataModule
 from lightning_bigmodels.errors import InputError, near
@@ -140,7 +141,7 @@ class Explainer:
         return torch.full_like(predicted, place)
 
 
-class Explain(Callback):
+class Explain(ValidationView):
     """Show what made a classifier say so for the first validation examples, after each validation.
 
     Pictures with a heat map over each go to the loggers and to `explanations/` in the run's folder. What can be wrong
@@ -168,36 +169,26 @@ class Explain(Callback):
         num_examples: int = 8,
         every_n_validations: int = 1,
     ) -> None:
-        if every_n_validations < 1:
-            raise InputError(f"every_n_validations is {every_n_validations}; set it to 1 or more")
+        super().__init__(every_n_validations)
         self.explainer = Explainer(method, target, layer, baseline, window, num_examples)
-        self.every_n_validations = every_n_validations
-        self._validations = 0
+        self._pictures: list[Tensor] = []
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.explainer.check(pl_module)
 
     @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if batch_idx or self._validations % self.every_n_validations:
+    def look(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx:
             return
         number = 1 if trainer.sanity_checking else self.explainer.num_examples
-        found = self.explainer.explain(trainer, self.explainer.check(pl_module), batch, number)
-        if found and not trainer.sanity_checking:
-            _show(trainer, self.explainer.method, [one.picture for one in found])
+        found = self.explainer.explain(trainer, self.explainer.check(module), batch, number)
+        self._pictures = [one.picture for one in found]
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validations += not trainer.sanity_checking
+    def show(self, trainer: Trainer, module: LightningModule) -> None:
+        _show(trainer, self.explainer.method, self._pictures)
+        self._pictures = []
 
 
 class _Predicted(Callback):
@@ -234,8 +225,7 @@ class _Predicted(Callback):
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._shown:
-            _show(trainer, self.explainer.method, self._shown)
+        _show(trainer, self.explainer.method, self._shown)
 
 
 def explain_predictions(
@@ -282,7 +272,7 @@ def _predict_validation(datamodule: LightningDataModule) -> None:
 def _show(trainer: Trainer, method: str, pictures: list[Tensor]) -> None:
     """Write one picture of all, of this method and step, and send it to the loggers."""
     folder = run_folder(trainer) / NAME  # on every process: it is a broadcast
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and pictures:
         picture = grid(pictures, columns=2)
         write_picture(folder / f"{method}_step_{trainer.global_step:08d}.png", picture)
         send_picture(trainer, f"{NAME}_{method}", picture)

@@ -3,11 +3,12 @@
 from typing import Any, Protocol, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_bigmodels.callbacks.report import report_picture
+from lightning_bigmodels.callbacks.validation_view import ValidationView
 from lightning_bigmodels.data.batches import FILLER
 from lightning_bigmodels.errors import InputError, require
 from lightning_bigmodels.pictures import as_rgb
@@ -22,7 +23,7 @@ class _Codes(Protocol):
     def decode_latents(self, latents: Tensor) -> Tensor: ...
 
 
-class Latents(Callback):
+class Latents(ValidationView):
     """Draw after each validation a map of the codes of its first pictures, and walks from one code to another.
 
     The map shows codes of two values as they are, and of more values their two principal components, in the colours of
@@ -39,20 +40,14 @@ class Latents(Callback):
     def __init__(
         self, num_points: int = 1000, num_walks: int = 6, num_steps: int = 10, every_n_validations: int = 1
     ) -> None:
-        bounds = [
-            ("num_points", num_points, 0),
-            ("num_walks", num_walks, 0),
-            ("num_steps", num_steps, 2),
-            ("every_n_validations", every_n_validations, 1),
-        ]
+        super().__init__(every_n_validations)
+        bounds = [("num_points", num_points, 0), ("num_walks", num_walks, 0), ("num_steps", num_steps, 2)]
         for name, value, least in bounds:
             if value < least:
                 raise InputError(f"{name} is {value}; set it to {least} or more")
         self.num_points = num_points
         self.num_walks = num_walks
         self.num_steps = num_steps
-        self.every_n_validations = every_n_validations
-        self._validations = 0
         self._seen: list[tuple[int, Tensor, int]] = []
 
     @override
@@ -61,27 +56,14 @@ class Latents(Callback):
             raise InputError(f"{type(pl_module).__name__} makes no codes that Latents could show; remove it")
 
     @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen = []
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def look(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         indices = batch["indices"]
-        due = self._validations % self.every_n_validations == 0
         # the same on all processes, since a sharded network answers only to all of them
         before = batch_idx * len(indices) * trainer.world_size
-        if trainer.sanity_checking or not due or before >= max(self.num_points, 2 * self.num_walks):
+        if trainer.sanity_checking or before >= max(self.num_points, 2 * self.num_walks):
             return
         with trainer.precision_plugin.forward_context(), torch.no_grad():
-            codes = cast(_Codes, pl_module).encode_pictures(batch["images"]).float().cpu()
+            codes = cast(_Codes, module).encode_pictures(batch["images"]).float().cpu()
         labels = batch["labels"].cpu()
         if labels.ndim > 1:  # several classes of a picture have no one colour
             labels = torch.full(labels.shape[:1], -1)
@@ -90,13 +72,7 @@ class Latents(Callback):
                 self._seen.append((index, code, label))
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        due = self._validations % self.every_n_validations == 0
-        self._validations += 1
-        if not due:
-            return
+    def show(self, trainer: Trainer, module: LightningModule) -> None:
         seen = sorted((one for own in gather(self._seen) for one in own), key=lambda one: one[0])
         self._seen = []
         if len(seen) < 2:
@@ -109,9 +85,9 @@ class Latents(Callback):
             report_picture(trainer, "latent_map", draw_map(points, labels, names, shares))
         if self.num_walks:
             pairs = codes[: len(codes) // 2 * 2][: 2 * self.num_walks].unflatten(0, (-1, 2))
-            walks = straight_walks(pairs[:, 0], pairs[:, 1], self.num_steps).to(pl_module.device)
+            walks = straight_walks(pairs[:, 0], pairs[:, 1], self.num_steps).to(module.device)
             with trainer.precision_plugin.forward_context(), torch.no_grad():
-                pictures = cast(_Codes, pl_module).decode_latents(walks.flatten(0, 1)).cpu()
+                pictures = cast(_Codes, module).decode_latents(walks.flatten(0, 1)).cpu()
             report_picture(trainer, "latent_walk", in_rows(pictures, self.num_steps))
 
 

@@ -3,11 +3,12 @@
 from typing import Any, Protocol, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_bigmodels.callbacks.report import report_picture
+from lightning_bigmodels.callbacks.validation_view import ValidationView
 from lightning_bigmodels.errors import InputError, require
 
 
@@ -15,7 +16,7 @@ class _Draws(Protocol):
     def draw(self, batch: Any) -> list[Tensor]: ...
 
 
-class ValidationPictures(Callback):
+class ValidationPictures(ValidationView):
     """Draw what the model makes of the first validation pictures, beside what is right, after each validation.
 
     The pictures go to the loggers and to `validation_pictures/` in the run's folder.
@@ -26,12 +27,10 @@ class ValidationPictures(Callback):
     """
 
     def __init__(self, num_pictures: int = 8, every_n_validations: int = 1) -> None:
-        for name, value in {"num_pictures": num_pictures, "every_n_validations": every_n_validations}.items():
-            if value < 1:
-                raise InputError(f"{name} is {value}; it must be 1 or more")
+        super().__init__(every_n_validations)
+        if num_pictures < 1:
+            raise InputError(f"num_pictures is {num_pictures}; set it to 1 or more")
         self.num_pictures = num_pictures
-        self.every_n_validations = every_n_validations
-        self._validations = 0
         self._pictures: list[Tensor] = []
 
     @override
@@ -40,31 +39,15 @@ class ValidationPictures(Callback):
             raise InputError(f"{type(pl_module).__name__} draws nothing for ValidationPictures; remove it")
 
     @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pictures = []
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        due = self._validations % self.every_n_validations == 0
-        if trainer.sanity_checking or batch_idx or not due:
+    def look(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx or trainer.sanity_checking:
             return
         # every process takes part, since a sharded network answers only to all of them
         with trainer.precision_plugin.forward_context(), torch.no_grad():
-            self._pictures = cast(_Draws, pl_module).draw(batch)[: self.num_pictures]
+            self._pictures = cast(_Draws, module).draw(batch)[: self.num_pictures]
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self._validations += 1
+    def show(self, trainer: Trainer, module: LightningModule) -> None:
         if self._pictures:
             report_picture(trainer, "validation_pictures", grid([picture.cpu() for picture in self._pictures]))
         self._pictures = []

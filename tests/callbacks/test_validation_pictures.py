@@ -43,7 +43,7 @@ def test_every_n_validations(trainer, tmp_path):
 
 
 def test_wrong_arguments_and_models_are_refused(trainer):
-    with pytest.raises(InputError, match="num_pictures is 0; it must be 1 or more"):
+    with pytest.raises(InputError, match="num_pictures is 0; set it to 1 or more"):
         ValidationPictures(num_pictures=0)
     with pytest.raises(InputError, match="every_n_validations is -1"):
         ValidationPictures(every_n_validations=-1)

@@ -201,13 +201,11 @@ class Diffusion(PictureGeneration):
         return blocks_of(self.network)
 
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.pretrained is not None:
-            # the checkpoint holds all weights: it must load where those it began from are gone
-            assert self.network is not None
-            known = checkpoint.get("hyper_parameters", {})
-            checkpoint["hyper_parameters"] = {**known, "config": config_of(self.network), "pretrained": None}
+    def lasting_hyper_parameters(self) -> dict[str, Any]:
+        if self.pretrained is None:
+            return {}
+        assert self.network is not None
+        return {"config": config_of(self.network), "pretrained": None}
 
     def predict_noise(self, noisy: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
         """Return the network's prediction (B, C, H, W), of whatever kind it is.
