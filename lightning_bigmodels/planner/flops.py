@@ -7,6 +7,11 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
+# where among the arguments it stands whether attention is causal
+_CAUSAL = {
+    aten._scaled_dot_product_flash_attention_for_cpu: 4,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: 7,
+}
 
 
 def count_flops(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
@@ -30,6 +35,12 @@ def count_flops(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], re
         return int(sdpa_backward_flop_count(gradient, query, key, value))
     formula = flop_registry.get(packet)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+
+
+def count_skipped(operator: Any, args: tuple[Any, ...], flops: int) -> int:
+    """Return how many of a call's `flops` are left out, since causal attention looks at half of all pairs."""
+    place = _CAUSAL.get(operator._overloadpacket)
+    return flops // 2 if place is not None and len(args) > place and args[place] is True else 0
 
 
 def _shapes(tensors: tuple[Tensor, ...]) -> list[torch.Size]:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import Self, override
 
 from lightning_bigmodels.planner.assumptions import assume, suppose
-from lightning_bigmodels.planner.flops import count_flops
+from lightning_bigmodels.planner.flops import count_flops, count_skipped
 
 Kind = Literal["parameters", "gradients", "optimizer state", "inputs", "activations", "communication", "temporary"]
 Phase = Literal["forward", "backward", "update"]
@@ -73,6 +73,8 @@ class Operation(NamedTuple):
     """Bytes read and written, each input and output once."""
     dtype: torch.dtype | None
     """Of its first floating-point input."""
+    skipped: int = 0
+    """How many of the floating-point operations are left out, as causal attention does with half of its own."""
 
 
 class Transfer(NamedTuple):
@@ -259,7 +261,11 @@ class StepTrace(TorchDispatchMode):
             return  # a view
         dtype = next((tensor.dtype for tensor in inputs if tensor.is_floating_point()), None)
         traffic = sum(tensor.nbytes for tensor in (*inputs, *(outputs if in_place else made)))
-        self.operations[Operation(operator.name(), self.phase, flops, traffic, dtype)] += 1
+        # a loss may take its own gradient in the forward pass
+        inside = self.phase == "forward" and torch._C._current_autograd_node() is not None
+        phase: Phase = "backward" if inside else self.phase
+        skipped = count_skipped(operator, args, flops)
+        self.operations[Operation(operator.name(), phase, flops, traffic, dtype, skipped)] += 1
 
 
 def storages(tensor: Any) -> Iterator[torch.UntypedStorage]:
