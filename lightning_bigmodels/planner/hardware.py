@@ -20,8 +20,9 @@ _PEAKS = {
     "fp16_tflops": torch.float16,
     "fp8_tflops": torch.float8_e4m3fn,
 }
-_NUMBERS = ("memory_gib", "memory_gb_s", *_PEAKS, "tf32_tflops", "link_gb_s", "network_gb_s")
+_NUMBERS = ("memory_gib", "memory_gb_s", *_PEAKS, "tf32_tflops", "product_efficiency", "link_gb_s", "network_gb_s")
 _COLUMNS = ("name", *_NUMBERS, "source")
+_TYPICAL_EFFICIENCY = 0.78  # median of what was measured of six devices, see `product_efficiency` in the table
 # what older devices lack is computed in the next wider format
 _WIDER = {torch.float8_e4m3fn: torch.bfloat16, torch.float16: torch.bfloat16, torch.bfloat16: torch.float32}
 
@@ -36,6 +37,8 @@ class Hardware:
         memory_bandwidth: Bytes per second.
         peak_flops: Floating-point operations per second by the format of a product's factors; float32 without TF32.
         tf32_flops: Of float32 products where `torch.set_float32_matmul_precision` allows TF32.
+        product_efficiency: Share of these peaks that large products were measured to reach; devices are held back by
+            their power, each by another.
         link_bandwidth: Bytes per second in one direction, of one device to the others of its node.
         network_bandwidth: Bytes per second in one direction, of one device to other nodes.
         source: Where the numbers are from.
@@ -46,6 +49,7 @@ class Hardware:
     memory_bandwidth: float
     peak_flops: dict[torch.dtype, float]
     tf32_flops: float
+    product_efficiency: float
     link_bandwidth: float
     network_bandwidth: float
     source: str
@@ -86,7 +90,7 @@ def known_hardware(table: str | None = None) -> dict[str, Hardware]:
 
     Args:
         table: A CSV file of the user's with the columns of the package's `planner/hardware.csv`, whose rows come over
-            those. A peak that is left empty is one that the device lacks.
+            those. A peak that is left empty is one that the device lacks, an empty efficiency was not measured.
 
     Raises:
         InputError: The table cannot be read; the message names the line.
@@ -126,7 +130,9 @@ def _row(row: dict[str, str | None], place: str) -> Hardware:
     def needed(column: str) -> float:
         value = values[column]
         if value is None:
-            raise InputError(f"{place}: {column} of {name} is empty; only peaks of formats that it lacks may be")
+            raise InputError(
+                f"{place}: {column} of {name} is empty; only the efficiency and peaks of formats that it lacks may be"
+            )
         return value
 
     needed("fp32_tflops")
@@ -136,6 +142,7 @@ def _row(row: dict[str, str | None], place: str) -> Hardware:
         memory_bandwidth=needed("memory_gb_s") * 1e9,
         peak_flops=peaks,
         tf32_flops=(values["tf32_tflops"] or needed("fp32_tflops")) * 1e12,
+        product_efficiency=values["product_efficiency"] or _TYPICAL_EFFICIENCY,
         link_bandwidth=needed("link_gb_s") * 1e9,
         network_bandwidth=needed("network_gb_s") * 1e9,
         source=(row["source"] or "").strip(),
@@ -170,6 +177,7 @@ def _this_machine() -> Hardware:
         memory_bandwidth=bandwidth,
         peak_flops=peaks,
         tf32_flops=peaks[torch.float32],
+        product_efficiency=1.0,
         # processes of one machine copy into a socket and out of it: four passes over memory
         link_bandwidth=bandwidth / 4,
         network_bandwidth=1.25e9,

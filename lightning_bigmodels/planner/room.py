@@ -1,0 +1,58 @@
+"""From the bytes that tensors hold to what a device shows as used, and whether it fits."""
+
+from dataclasses import dataclass
+
+from lightning_bigmodels.planner.hardware import Hardware
+from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.trace import StepTrace
+
+_GIB = 2**30
+_KEPT = 0.05  # share of the peak that the caching allocator holds in holes
+_CONTEXT = int(0.8 * _GIB)  # driver and loaded kernels; 0.5 to 1.3 GiB were seen
+_COMMUNICATION = int(1.3 * _GIB)  # NCCL's buffers with more than one process; 1 to 2 GiB were seen
+_PROCESS = int(0.4 * _GIB)  # of a CPU process besides tensors; 0.2 to 0.5 GiB were measured
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a step needs of a device's memory, in bytes.
+
+    Attributes:
+        allocated: Of tensors at the step's peak: `torch.cuda.max_memory_allocated()`.
+        reserved: With what the caching allocator keeps: `torch.cuda.max_memory_reserved()`.
+        used: With the driver's context and the buffers of communication: what nvidia-smi shows of the process.
+        uncertainty: How much more it may be.
+        memory: What the device has.
+    """
+
+    allocated: int
+    reserved: int
+    used: int
+    uncertainty: int
+    memory: int
+
+    @property
+    def spare(self) -> int:
+        """Bytes that remain free; below 0, bytes that are missing."""
+        return self.memory - self.used
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits even with the uncertainty."""
+        return self.uncertainty <= self.spare
+
+
+def estimate_room(trace: StepTrace, setting: Setting, hardware: Hardware) -> Room:
+    """Return what a traced step needs of a device.
+
+    Args:
+        trace: A step of the setting.
+        setting: How it was run.
+        hardware: The device.
+    """
+    allocated = trace.peak.total
+    if hardware.name == "cpu":
+        return Room(allocated, allocated, allocated + _PROCESS, allocated // 20 + _PROCESS // 2, hardware.memory)
+    reserved = int(allocated * (1 + _KEPT))
+    used = reserved + _CONTEXT + (_COMMUNICATION if setting.world_size > 1 else 0)
+    return Room(allocated, reserved, used, allocated // 20 + _GIB // 2, hardware.memory)

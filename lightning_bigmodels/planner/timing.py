@@ -1,0 +1,167 @@
+"""The time of a step: each operation by what bounds it, and what is sent beside the computing or after it."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lightning_bigmodels.planner.hardware import Hardware
+from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.trace import Operation, Phase, StepTrace, Transfer
+
+Bound = Literal["compute", "memory", "network", "launches"]
+
+_PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
+_LAUNCH_SECONDS = 5e-6
+_MEMORY_EFFICIENCY = 0.8
+_FUSED_TRAFFIC = 0.35
+_ATTENTION_EFFICIENCY = 0.65
+_LINK_EFFICIENCY = 0.75
+_LATENCY_SECONDS = 2e-5
+_NO_WORK = ("aten::empty", "aten::new_empty", "aten::resize_")
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """What an optimizer step takes, all batches that it accumulates included.
+
+    Attributes:
+        seconds: All of it.
+        parts: Its parts by what bounds them: products that wait for arithmetic, operations that wait for memory,
+            transfers that nothing is computed beside, and small operations that wait for being started.
+        sending: Seconds that transfers take in all, most of which may pass beside computing.
+        flops: Floating-point operations of this device, recomputation included.
+        model_flops: Three times those of the forward pass, as utilisation is counted by custom.
+        mfu: Share of the device's peak that `model_flops` are.
+    """
+
+    seconds: float
+    parts: dict[Bound, float]
+    sending: float
+    flops: float
+    model_flops: float
+    mfu: float
+
+    @property
+    def bound(self) -> Bound:
+        """What most of the time is spent on."""
+        return max(self.parts, key=lambda bound: self.parts[bound])
+
+
+def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compiled: bool = False) -> StepTime:
+    """Return how long a step takes that was traced.
+
+    Every operation takes as long as its arithmetic or its traffic, whichever is longer, and no less than it takes to be
+    started. What data-parallel strategies send passes beside the computing of the same phase, but for its first and
+    last piece; what tensor parallelism sends does not, since the next layer needs it.
+
+    Args:
+        trace: A step of the setting.
+        setting: How it was run.
+        hardware: The device.
+        compiled: Whether the network is compiled: element-wise operations are fused, and launched together.
+    """
+    spent: Counter[Bound] = Counter()
+    flops = model_flops = sending = 0.0
+    for phase in _PHASES:
+        repeats = 1.0
+        if phase != "update":
+            repeats = setting.accumulate_grad_batches / min(2, setting.accumulate_grad_batches)
+        busy = 0.0
+        for operation, count in trace.operations.items():
+            if operation.phase != phase:
+                continue
+            bound, seconds = _operation_time(operation, hardware, compiled)
+            spent[bound] += seconds * count * repeats
+            busy += seconds * count * repeats
+            flops += operation.flops * count * repeats
+            if phase == "forward":
+                model_flops += 3.0 * operation.flops * count * repeats
+        beside, between = _sending_time(trace, phase, setting, hardware, repeats)
+        sending += beside + between
+        spent["network"] += between + max(0.0, beside - busy)
+    total = sum(spent.values())
+    peak = hardware.flops_of(_precision_dtype(setting.precision))
+    return StepTime(total, dict(spent), sending, flops, model_flops, model_flops / (total * peak) if total else 0.0)
+
+
+def _operation_time(operation: Operation, hardware: Hardware, compiled: bool) -> tuple[Bound, float]:
+    """Return what bounds an operation, and its seconds."""
+    if operation.name.startswith(_NO_WORK):
+        return "launches", 0.0
+    elementwise = operation.flops == 0
+    fused = compiled and elementwise and operation.phase != "update"
+    peak = hardware.flops_of(operation.dtype) * hardware.product_efficiency
+    if "attention" in operation.name:
+        peak *= _ATTENTION_EFFICIENCY
+    times: dict[Bound, float] = {
+        "compute": (operation.flops - operation.skipped) / peak,
+        "memory": operation.traffic
+        * (_FUSED_TRAFFIC if fused else 1.0)
+        / hardware.memory_bandwidth
+        / _MEMORY_EFFICIENCY,
+        "launches": 0.0 if fused or hardware.name == "cpu" else _LAUNCH_SECONDS,
+    }
+    bound = max(times, key=lambda name: times[name])
+    return bound, times[bound]
+
+
+def _sending_time(
+    trace: StepTrace, phase: Phase, setting: Setting, hardware: Hardware, repeats: float
+) -> tuple[float, float]:
+    """Return seconds of transfers that pass beside computing, and of those that computing waits for."""
+    beside = between = 0.0
+    for transfer, count in trace.transfers.items():
+        if transfer.phase != phase or transfer.processes < 2:
+            continue
+        seconds = _transfer_time(transfer, setting, hardware)
+        if _is_tensor_parallel(transfer):
+            between += seconds * count * repeats
+        elif setting.strategy.startswith("ddp") or setting.strategy == "auto":
+            # gradients are summed in the last batch only
+            beside += seconds * count / min(2, setting.accumulate_grad_batches)
+        else:
+            beside += seconds * count * repeats
+    return beside, between
+
+
+def _is_tensor_parallel(transfer: Transfer) -> bool:
+    """Whether a layer waits for it: these are torch's functional collectives, FSDP2's and DDP's are in place."""
+    return not transfer.name.endswith("_")
+
+
+def _transfer_time(transfer: Transfer, setting: Setting, hardware: Hardware) -> float:
+    """Return the seconds of a ring: every process passes on every other's part, over the slowest link on the way.
+
+    Rings of the processes of a node leave it by as many network adapters as it has of them.
+    """
+    processes = transfer.processes
+    tensor_parallel = _tensor_parallel_size(setting)
+    members = setting.devices if processes == setting.world_size else setting.devices // tensor_parallel
+    if _is_tensor_parallel(transfer) and processes == tensor_parallel:
+        members = min(tensor_parallel, setting.devices)
+    members = max(1, min(members, processes))
+    bandwidth = hardware.link_bandwidth
+    nodes = -(-processes // members)
+    if nodes > 1:
+        bandwidth = min(bandwidth, members * hardware.network_bandwidth) if members > 1 else hardware.network_bandwidth
+    passes = 2 if "reduce" in transfer.name and "scatter" not in transfer.name else 1
+    size = passes * transfer.size * (processes - 1) / processes
+    return size / (bandwidth * _LINK_EFFICIENCY) + _LATENCY_SECONDS * (1 + nodes / 8)
+
+
+def _tensor_parallel_size(setting: Setting) -> int:
+    """Return over how many processes a layer is cut, by the strategy's name."""
+    name = setting.strategy
+    if name == "tp":
+        return setting.devices
+    _, found, size = name.rpartition("_tp")
+    return int(size) if found and size.isdigit() else 1
+
+
+def _precision_dtype(precision: str) -> torch.dtype:
+    """Return the format that most products are in."""
+    if precision.startswith("bf16"):
+        return torch.bfloat16
+    return torch.float16 if precision.startswith("16") else torch.float32
