@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bigmodels.errors import InputError, near, require
+from lightning_bigmodels.modules.diffusion.attention import attend_by_hand
 
 ARCHITECTURES = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}
 """For each class of diffusers the folder that it has in a pipeline. `TextToImage` is for those that want texts."""
@@ -111,7 +112,7 @@ def build_denoiser(
         if hasattr(module, "dropout_prob") and hasattr(module, "token_drop"):
             # a DiT drops labels by itself, by numbers that belong to the process and not to the example
             module.dropout_prob = 0.0
-    return network.train()
+    return attend_by_hand(network).train()
 
 
 def denoise(network: nn.Module, noisy: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_bigmodels.errors import InputError, near, require
+from lightning_bigmodels.modules.diffusion.attention import attend_by_hand
 from lightning_bigmodels.modules.diffusion.denoisers import blocks_of
 from lightning_bigmodels.modules.diffusion.text_encoders import encoder_blocks
 
@@ -256,7 +257,7 @@ def build_text_denoiser(
             raise InputError(f"config of {architecture}: {_line(error)}; correct model.config") from error
     if lora is not None:
         _add_lora(network, lora)
-    return network.train()
+    return attend_by_hand(network).train()
 
 
 _HEADS = {"num_attention_heads": 16, "attention_head_dim": 72}
