@@ -5,6 +5,8 @@ from pydoc_data.topics import topics
 
 import pytest
 
+from tests.sharing import Sharing, place_of
+
 # networks of a few kilobytes run fastest on one thread, here and in the processes that tests start
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -29,6 +31,17 @@ QUIET = {
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
 }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Share the suite out as `tests/sharing.py` says."""
+    return Sharing(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with what takes longest."""
+    items.sort(key=lambda item: place_of(item.nodeid))
 
 
 @pytest.fixture(scope="session")

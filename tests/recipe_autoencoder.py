@@ -10,6 +10,7 @@ from PIL import Image
 from lightning_bigmodels import Images
 from lightning_bigmodels.export import load_exported
 from tests import contract
+from tests.generative_parts import callbacks_of, digits
 from tests.toy_pictures import write, write_folders, write_truncated
 
 SIZE = 8
@@ -35,12 +36,10 @@ class Contract(contract.Contract):
             "SampleQuality": {"num_pictures": 20},
             "Samples": {"num_pictures": 4},
         }
-        callbacks = [
-            {**one, "init_args": {**one.get("init_args", {}), **small.get(one["class_path"], {})}}
-            for one in recipe["trainer"]["callbacks"]
-        ]
+        # so many that 1, 2 and 3 processes fill their last batches with different numbers of fillers
+        data = {"val_fraction": 0.0512, "root": None, "crop_padding": 0, "horizontal_flip": 0.0, "batch_size": 32}
         return {
-            "trainer": {**self.lengths(), "callbacks": callbacks},
+            "trainer": {**self.lengths(), "callbacks": callbacks_of(recipe, small)},
             "model": {
                 "init_args": {
                     "image_size": SIZE,
@@ -50,21 +49,7 @@ class Contract(contract.Contract):
                     "optimizer": {"init_args": {"lr": 0.01, "eps": 1e-4}},
                 }
             },
-            "data": {
-                "init_args": {
-                    "source": "sklearn-digits",
-                    "root": None,
-                    # so many that 1, 2 and 3 processes fill their last batches with different numbers of fillers
-                    "val_fraction": 0.0512,
-                    "test_fraction": 0.05,
-                    "image_size": SIZE,
-                    "crop_padding": 0,
-                    "horizontal_flip": 0.0,
-                    "batch_size": 32,
-                    "eval_batch_size": None,
-                    "num_workers": 0,
-                }
-            },
+            "data": digits(SIZE, **data),
         }
 
     def baseline(self, data_args):

@@ -3,12 +3,12 @@
 import json
 
 import torch
-from PIL import Image
 
 from lightning_bigmodels import Diffusion, Images
 from lightning_bigmodels.modules.diffusion.pipelines import PIPELINE_FILE, load_pipeline
 from lightning_bigmodels.tasks.sample_noise import SampleNoise
 from tests import contract
+from tests.generative_parts import callbacks_of, digits, made_of_noise
 from tests.modules.diffusion.toys import DIT, UNET
 from tests.toy_pictures import write_folders, write_truncated
 
@@ -32,10 +32,6 @@ class Contract(contract.Contract):
             "Samples": {"num_pictures": 4},
             "WeightAverage": {"decay": 0.8},
         }
-        callbacks = [
-            {**one, "init_args": {**one.get("init_args", {}), **small.get(one["class_path"], {})}}
-            for one in recipe["trainer"]["callbacks"]
-        ]
         changes = {
             "image_size": SIZE,
             "config": DIT if own["architecture"].startswith("DiT") else UNET,
@@ -45,20 +41,9 @@ class Contract(contract.Contract):
         }
         self.model = {key: value for key, value in (own | changes).items() if key not in ("optimizer", "schedule")}
         return {
-            "trainer": {**self.lengths(), "callbacks": callbacks},
+            "trainer": {**self.lengths(), "callbacks": callbacks_of(recipe, small)},
             "model": {"init_args": changes},
-            "data": {
-                "init_args": {
-                    "source": "sklearn-digits",
-                    "val_fraction": 0.04,
-                    "test_fraction": 0.05,
-                    "image_size": SIZE,
-                    "channels": 1,
-                    "batch_size": 16,
-                    "eval_batch_size": None,
-                    "num_workers": 0,
-                }
-            },
+            "data": digits(SIZE, val_fraction=0.04, channels=1),
         }
 
     def baseline(self, data_args):
@@ -76,25 +61,7 @@ class Contract(contract.Contract):
         return min(found) < 0.75 * baseline
 
     def predictions(self, folder, scratch):
-        def made(rows, folder):
-            assert len(rows) == 7
-            assert len({row["seed"] for row in rows}) == 7
-            for row in rows:
-                with Image.open(folder / row["picture"]) as image:
-                    assert image.size == (SIZE, SIZE)
-            assert len({(folder / row["picture"]).read_bytes() for row in rows}) == 7
-            if self.model.get("num_classes"):
-                assert [row["class"] for row in rows] == list("0123456")
-
-        def asked(rows, folder):
-            assert [row["class"] for row in rows] == ["3", "1", "3", "1"]
-
-        # the training pictures are gone
-        bare = ["--data.source", str(scratch / "gone"), "--data.batch_size=3"]
-        runs = [(["--data.num_generated=7", *bare], made)]
-        if self.model.get("num_classes"):
-            runs.append((["--data.num_generated=4", '--data.generated_classes=["3","1"]', *bare], asked))
-        return runs
+        return made_of_noise(scratch, SIZE, self.model.get("num_classes", 0))
 
     def answers(self, model):
         indices = torch.arange(3)

@@ -3,7 +3,6 @@
 import json
 
 import torch
-from PIL import Image
 
 from lightning_bigmodels import GAN, Images
 from lightning_bigmodels.callbacks.picture_features import PixelFeatures
@@ -11,6 +10,7 @@ from lightning_bigmodels.export import load_exported
 from lightning_bigmodels.tasks.sample_comparison import frechet_distance
 from lightning_bigmodels.tasks.sample_noise import SampleNoise
 from tests import contract
+from tests.generative_parts import callbacks_of, digits, made_of_noise
 from tests.toy_pictures import write, write_folders, write_truncated
 
 SIZE = 16
@@ -35,12 +35,8 @@ class Contract(contract.Contract):
             "SampleQuality": {"num_pictures": NUM_COMPARED, "collapse_threshold": 0.0},
             "Samples": {"num_pictures": 4},
         }
-        callbacks = [
-            {**one, "init_args": {**one.get("init_args", {}), **small.get(one["class_path"], {})}}
-            for one in recipe["trainer"]["callbacks"]
-        ]
         return {
-            "trainer": {**self.lengths(), "callbacks": callbacks},
+            "trainer": {**self.lengths(), "callbacks": callbacks_of(recipe, small)},
             "model": {
                 "init_args": {
                     "image_size": SIZE,
@@ -53,18 +49,7 @@ class Contract(contract.Contract):
                     "discriminator_schedule": {"init_args": {"final": 0.5}},
                 }
             },
-            "data": {
-                "init_args": {
-                    "source": "sklearn-digits",
-                    "val_fraction": 0.05,
-                    "test_fraction": 0.05,
-                    "image_size": SIZE,
-                    "channels": 1,
-                    "batch_size": 16,
-                    "eval_batch_size": None,
-                    "num_workers": 0,
-                }
-            },
+            "data": digits(SIZE, channels=1),
         }
 
     def baseline(self, data_args):
@@ -83,25 +68,7 @@ class Contract(contract.Contract):
         return min(found) < 0.5 * baseline
 
     def predictions(self, folder, scratch):
-        def made(rows, folder):
-            assert len(rows) == 7
-            assert {row["seed"] for row in rows} == {0}
-            for row in rows:
-                with Image.open(folder / row["picture"]) as image:
-                    assert image.size == (SIZE, SIZE)
-            assert len({(folder / row["picture"]).read_bytes() for row in rows}) == 7
-            if self.num_classes:
-                assert [row["class"] for row in rows] == list("0123456")
-
-        def asked(rows, folder):
-            assert [row["class"] for row in rows] == ["3", "1", "3", "1"]
-
-        # the training pictures are gone
-        bare = ["--data.source", str(scratch / "gone"), "--data.batch_size=3"]
-        runs = [(["--data.num_generated=7", *bare], made)]
-        if self.num_classes:
-            runs.append((["--data.num_generated=4", "--data.generated_classes=['3', '1']", *bare], asked))
-        return runs
+        return made_of_noise(scratch, SIZE, self.num_classes, seed=0)
 
     def answers(self, model):
         indices = torch.arange(3)

@@ -1,5 +1,7 @@
 """Diffusion: its loss, what it tells the network, guidance, what it reports, and what it refuses."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -130,6 +132,35 @@ def test_the_bound_is_reported_where_it_is_asked_for(tmp_path, trainer):
     counted = indices < len(data.parts["test"])
     assert tested["test_bits_per_dimension"] == pytest.approx(float(by_hand[counted].mean()), rel=1e-5)
     assert "test_bits_per_dimension" not in trainer().test(tiny(), data, verbose=False)[0]
+
+
+@pytest.mark.parametrize("dit", [False, True])
+def test_compiled_it_learns_and_makes_pictures_as_without(dit, monkeypatch):
+    # inductor's half minute of C++ is spent in the test of the compiled classifier; here the graphs count
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
+    models = [tiny(dit=dit, num_classes=3, guidance_scale=2.0, compile=compile) for compile in (False, True)]
+    losses = []
+    for model in models:
+        with torch.no_grad():
+            for parameter in model.network.parameters():  # a DiT begins with layers of zeros
+                parameter += 0.02 * torch.ones_like(parameter)
+        losses.append(loss_of(model, "train", batch_of(4)))
+        assert bool(graphs) == (model is models[1])
+        losses[-1].backward()
+    assert torch.allclose(*losses)
+    plain, compiled = (dict(model.network.named_parameters()) for model in models)
+    assert plain.keys() == compiled.keys()
+    assert [name for name in plain if not torch.allclose(plain[name].grad, compiled[name].grad, atol=1e-5)] == []
+    if dit:  # a U-Net takes three times as long to trace again, for what needs no gradient
+        with torch.no_grad():
+            expected, found = (model.eval().make_pictures([1, 2], torch.tensor([0, 2])).int() for model in models)
+        assert (expected - found).abs().max() <= 1
 
 
 @pytest.mark.parametrize("dit", [False, True])
