@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
-# where among the arguments it stands whether attention is causal
-_CAUSAL = {
+# attention on a CPU, and where among the arguments it stands whether it is causal
+ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: 4,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: 7,
 }
@@ -39,7 +39,7 @@ def count_flops(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], re
 
 def count_skipped(operator: Any, args: tuple[Any, ...], flops: int) -> int:
     """Return how many of a call's `flops` are left out, since causal attention looks at half of all pairs."""
-    place = _CAUSAL.get(operator._overloadpacket)
+    place = ATTENTION.get(operator._overloadpacket)
     return flops // 2 if place is not None and len(args) > place and args[place] is True else 0
 
 

@@ -1,6 +1,5 @@
 """The time of a step: each operation by what bounds it, and what is sent beside the computing or after it."""
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +11,7 @@ from lightning_bigmodels.planner.trace import Operation, Phase, StepTrace, Trans
 
 Bound = Literal["compute", "memory", "network", "launches"]
 
+_BOUNDS: tuple[Bound, ...] = ("compute", "memory", "network", "launches")
 _PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 _LAUNCH_SECONDS = 5e-6
 _MEMORY_EFFICIENCY = 0.8
@@ -62,7 +62,7 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
         hardware: The device.
         compiled: Whether the network is compiled: element-wise operations are fused, and launched together.
     """
-    spent: Counter[Bound] = Counter()
+    spent: dict[Bound, float] = dict.fromkeys(_BOUNDS, 0.0)
     flops = model_flops = sending = 0.0
     for phase in _PHASES:
         repeats = 1.0
@@ -83,7 +83,7 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
         spent["network"] += between + max(0.0, beside - busy)
     total = sum(spent.values())
     peak = hardware.flops_of(_precision_dtype(setting.precision))
-    return StepTime(total, dict(spent), sending, flops, model_flops, model_flops / (total * peak) if total else 0.0)
+    return StepTime(total, spent, sending, flops, model_flops, model_flops / (total * peak) if total else 0.0)
 
 
 def _operation_time(operation: Operation, hardware: Hardware, compiled: bool) -> tuple[Bound, float]:
