@@ -19,6 +19,7 @@ VERBS = {
     "check": "find broken files, copies, leaks and missing classes in the data",
     "prepare": "tokenize text into shards, in a folder or an object store",
     "consolidate": "turn a sharded checkpoint into one file",
+    "plan": "tell memory, time and cost of a training before it runs",
     "batch-size": "find the largest batch that fits into memory on all processes",
     "recipes": "list the recipes that --config takes by name",
 }
@@ -32,6 +33,7 @@ verbs:
 
 examples:
   bigmodels recipes
+  bigmodels plan --config text/llama_8b --gpu h100
   bigmodels fit --config text/quickstart
   bigmodels fit --config text/quickstart --trainer.max_steps 100
   bigmodels predict --config text/quickstart --ckpt_path best

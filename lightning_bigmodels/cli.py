@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError  # type: ignore[attr-defined]  # re-exported without a mark
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -26,11 +25,13 @@ from lightning_bigmodels import data, modules, runs
 from lightning_bigmodels.callbacks import BadNumbers, Fairness, PredictionWriter, Preemption, ProcessWatch, RunSummary
 from lightning_bigmodels.callbacks.bad_numbers import BadNumbersError
 from lightning_bigmodels.callbacks.preemption import PreemptedError, own_exit_code
+from lightning_bigmodels.cli_checkpoints import find_checkpoint, is_option, model_of, names_model, without_model_options
 from lightning_bigmodels.cli_errors import explain
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.lazy import import_named
+from lightning_bigmodels.planner.flags import setting_from_lines
 from lightning_bigmodels.recipe_files import display_name, find_config, settles_model
-from lightning_bigmodels.strategies.checkpoint_io import META_FILE, WholeCheckpointIO
+from lightning_bigmodels.strategies.checkpoint_io import WholeCheckpointIO
 from lightning_bigmodels.strategies.precision import with_true_precision
 from lightning_bigmodels.trainer import Trainer
 
@@ -44,7 +45,7 @@ _CHECKPOINT_HELP = "Checkpoint to load: a path, or best or last of the latest ru
 _FIT_CHECKPOINT_HELP = (
     "Go on from a checkpoint: last continues the latest run in its folder; best or a path starts a new run from there."
 )
-_UNTRAINED = ("check", "export", "prepare")
+_UNTRAINED = ("check", "export", "plan", "prepare")
 _WITHOUT_MODEL = ("check", "prepare")
 _ONE_DEVICE: dict[str, Any] = {"plugins": None, "strategy": "auto", "devices": 1, "num_nodes": 1}
 _PLAIN_TRAINER: dict[str, Any] = {**_ONE_DEVICE, "logger": False, "accelerator": "auto", "precision": None}
@@ -84,6 +85,7 @@ class CLI(LightningCLI):
     @override
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method in Lightning
         own = {verb: {"model", "datamodule"} for verb in ("check", "explain", "export", "prepare", "batch_size")}
+        own["plan"] = {"model", "datamodule", "setting"}
         verbs = {**LightningCLI.subcommands(), **own}
         # each verb costs a parser of 50 arguments, and the command has named the one that it needs
         return {self._verb: verbs[self._verb]}
@@ -133,8 +135,8 @@ class CLI(LightningCLI):
         for package in _PACKAGES:
             import_named(package, " ".join(args))
         try:
-            if any(_is_option(arg, "ckpt_path") for arg in args) and not (
-                any(_names_model(arg) for arg in args) or settles_model(args)
+            if any(is_option(arg, "ckpt_path") for arg in args) and not (
+                any(names_model(arg) for arg in args) or settles_model(args)
             ):
                 self._take_model_from_checkpoint(args)
             self.config = parser.parse_args(args)
@@ -145,10 +147,10 @@ class CLI(LightningCLI):
     def _take_model_from_checkpoint(self, args: list[str]) -> None:
         """Make the checkpoint's model the default one, for a command line that has a checkpoint and no model."""
         verb = args[0]
-        config = self.parser.parse_args(_without_model_options(args))[verb]
+        config = self.parser.parse_args(without_model_options(args))[verb]
         if config.get("model") is None and config.get("ckpt_path"):
-            path = _find_checkpoint(str(config["ckpt_path"]), config["trainer"]["default_root_dir"])
-            self._subcommand_parsers[verb].set_defaults({"model": _model_of(Path(path))})
+            path = find_checkpoint(str(config["ckpt_path"]), config["trainer"]["default_root_dir"])
+            self._subcommand_parsers[verb].set_defaults({"model": model_of(Path(path))})
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -161,7 +163,7 @@ class CLI(LightningCLI):
             raise InputError("no model is named; name a recipe with --config (see: bigmodels recipes) or --model CLASS")
         checkpoint = config.get("ckpt_path")
         if checkpoint and (verb, checkpoint) != ("fit", "last"):
-            config["ckpt_path"] = _find_checkpoint(str(checkpoint), config["trainer"]["default_root_dir"])
+            config["ckpt_path"] = find_checkpoint(str(checkpoint), config["trainer"]["default_root_dir"])
 
     @override
     def _dump_config(self) -> None:
@@ -181,6 +183,8 @@ class CLI(LightningCLI):
         if verb in _UNTRAINED:
             # nothing is trained: no folder, and none of the recipe's devices
             kwargs |= {**_PLAIN_TRAINER, "callbacks": []}
+            if verb == "plan":
+                kwargs["accelerator"] = "cpu"  # whatever there is, it may be at work
         elif verb == "batch_size":
             kwargs["logger"] = False
         elif config["trainer"]["logger"] in (None, True):
@@ -254,6 +258,8 @@ class CLI(LightningCLI):
             found = [path for folder in folders if (path := runs.newest_checkpoint(folder, "last"))]
             # where there is none, Lightning warns that it starts anew
             kwargs["ckpt_path"] = str(max(found, key=runs.wholeness_and_age)) if found else "last"
+        if subcommand == "plan" and self.datamodule is not None:
+            kwargs["setting"] = setting_from_lines(self.config[subcommand]["trainer"].as_dict(), self.datamodule)
         return kwargs
 
     @override
@@ -284,7 +290,13 @@ def run(argv: Sequence[str]) -> None:
     """
     _quieten(resumes=argv[0] == "fit")
     # the verbs that run are methods of the Trainer
-    CLI(args=[argv[0].replace("-", "_"), *argv[1:]])
+    CLI(args=[argv[0].replace("-", "_"), *_with_values(argv[1:])])
+
+
+def _with_values(args: Sequence[str]) -> list[str]:
+    """Return a command line whose `--json` has the value that jsonargparse wants (4.53)."""
+    valued = zip(args, (*args[1:], ""), strict=True)
+    return ["--json=true" if arg == "--json" and after not in ("true", "false") else arg for arg, after in valued]
 
 
 def _quieten(resumes: bool) -> None:
@@ -342,56 +354,6 @@ def _check_yaml(path: str) -> None:
             raise InputError(
                 f"{place}: not valid YAML: {error.problem}; correct the line or its indentation"
             ) from error
-
-
-def _is_option(arg: str, name: str) -> bool:
-    return arg == f"--{name}" or arg.startswith(f"--{name}=")
-
-
-def _names_model(arg: str) -> bool:
-    return _is_option(arg, "model") or _is_option(arg, "model.class_path")
-
-
-def _without_model_options(args: list[str]) -> list[str]:
-    """Drop `--model.x 1`, which means nothing before the model's class is known, and what prints and exits."""
-    kept: list[str] = []
-    skip = False
-    for arg in args:
-        if arg.startswith("--"):
-            skip = arg.startswith("--model.")
-            if arg.startswith("--print_config"):
-                continue
-            if skip and "=" in arg:
-                skip = False
-                continue
-        if not skip:
-            kept.append(arg)
-    return kept
-
-
-def _find_checkpoint(checkpoint: str, root: str) -> str:
-    if checkpoint in ("best", "last"):
-        return str(runs.find_checkpoint(root or runs.DEFAULT_ROOT, checkpoint))
-    # Lightning's own words, and addresses, are its own matter
-    if checkpoint in ("hpc", "registry") or ":" in checkpoint or Path(checkpoint).exists():
-        return checkpoint
-    raise InputError(f"--ckpt_path {checkpoint}: no such file; name a checkpoint, or: best, last")
-
-
-def _model_of(path: Path) -> dict[str, Any]:
-    """Return class and arguments of the model in a checkpoint, a file or the folder of a sharded one."""
-    if path.is_dir() and not (path / META_FILE).is_file():
-        raise InputError(f"{path} is not a whole checkpoint, it lacks {META_FILE}; name another one")
-    # memory-mapped: only the hyper-parameters are read
-    content = torch.load(
-        path / META_FILE if path.is_dir() else path, weights_only=True, map_location="cpu", mmap=path.is_file()
-    )
-    arguments = dict(content.get("hyper_parameters", {}))
-    arguments.pop("_instantiator", None)
-    class_path = arguments.pop("_class_path", None)
-    if class_path is None:
-        raise InputError(f"{path} does not say which model it holds; name it with --model CLASS or --config")
-    return {"class_path": class_path, "init_args": arguments}
 
 
 def _holds(kind: type[Callback], callbacks: Callback | list[Callback] | None) -> bool:

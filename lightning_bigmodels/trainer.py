@@ -1,5 +1,6 @@
 """The Trainer of the `bigmodels` command: Lightning's, with the command's own verbs as methods."""
 
+import json as json_format
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,9 @@ from lightning_bigmodels.data.check_report import check_output, summary, tally, 
 from lightning_bigmodels.errors import InputError, RunError
 from lightning_bigmodels.export import export, unsupported
 from lightning_bigmodels.exportable import Format
+from lightning_bigmodels.planner import verb
+from lightning_bigmodels.planner.flags import setting_of
+from lightning_bigmodels.planner.simulation import Setting
 from lightning_bigmodels.strategies.checkpoint_io import read_sharded
 from lightning_bigmodels.strategies.sharded_checkpoint import ShardedCheckpoints
 
@@ -254,3 +258,45 @@ class Trainer(pl.Trainer):
         if self.is_global_zero:
             print(found)
         return found.batch_size
+
+    def plan(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        gpu: str = "cpu",
+        gpu_table: str | None = None,
+        samples: int | None = None,
+        price: float | None = None,
+        output: str | None = None,
+        json: bool = False,
+        setting: Setting | None = None,
+    ) -> verb.Answer:
+        """Tell memory, time and cost of a training before it runs, and what to change where it does not fit.
+
+        A step of the recipe is run on tensors without memory, as the first of all its processes, with strategy,
+        precision and accumulation as given. No GPU, no data and no weights are needed, and nothing is read. Devices
+        that are not counted, as `trainer.devices: auto`, are one.
+
+        Args:
+            model: The model to train.
+            datamodule: Makes the batches.
+            gpu: Name of the devices, such as h100, a100, l4 or rtx-4090; cpu is this machine, measured.
+            gpu_table: A CSV file with devices of your own, with the columns of planner/hardware.csv.
+            samples: Rows that the run sees on all devices, in place of the recipe's length.
+            price: Price of an hour of one device.
+            output: Folder for the memory over the step, as memory.png and memory.html, and plan.json.
+            json: Whether to print JSON: bytes, seconds, operations.
+            setting: In Python, how a step is run; None is as this Trainer says.
+
+        Returns:
+            The plan and what belongs to it.
+
+        Raises:
+            InputError: an option is wrong, or the step cannot be planned.
+        """
+        if datamodule is None:
+            raise InputError("no data is named; name a recipe with --config (see: bigmodels recipes) or --data CLASS")
+        setting = setting_of(self, datamodule) if setting is None else setting
+        found = verb.answer(self, model, datamodule, setting, gpu, gpu_table, samples, price, output)
+        print(json_format.dumps(found.to_dict(), indent=2) if json else found)
+        return found

@@ -29,7 +29,8 @@ def test_answers_at_once_without_torch(arguments):
 def test_help_names_every_verb_and_shows_commands(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
-    assert all(f"\n  {verb} " in text for verb in ("fit", "export", "prepare", "consolidate", "batch-size", "recipes"))
+    verbs = ("fit", "export", "prepare", "consolidate", "plan", "batch-size", "recipes")
+    assert all(f"\n  {verb} " in text for verb in verbs)
     assert text.count("\n  bigmodels ") >= 3
     assert max(map(len, text.splitlines())) <= 100
     assert main(["--help"]) == 0
@@ -56,13 +57,14 @@ def test_recipes_are_aligned(capsys, monkeypatch):
         (["fti"], "'fti' is not a verb of bigmodels; did you mean 'fit'?"),
         (
             ["xyz"],
-            "'xyz' is not a verb of bigmodels; known: batch-size, check, consolidate, explain, export, fit, predict, "
-            "prepare, recipes, test, validate",
+            "'xyz' is not a verb of bigmodels; known: batch-size, check, consolidate, explain, export, fit, plan, "
+            "predict, prepare, recipes, test, validate",
         ),
         (
             ["--config", "x"],
             "--config comes before the verb; write: bigmodels fit --config ... "
-            "(verbs: fit, validate, test, predict, explain, export, check, prepare, consolidate, batch-size, recipes)",
+            "(verbs: fit, validate, test, predict, explain, export, check, prepare, consolidate, plan, "
+            "batch-size, recipes)",
         ),
         (["recipes", "text"], "'bigmodels recipes' takes no argument, got 'text'"),
     ],

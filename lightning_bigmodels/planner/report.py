@@ -1,0 +1,160 @@
+"""A plan as text: memory, the step, the run, the verdict and the changes that were tried."""
+
+from collections.abc import Iterator, Sequence
+
+from lightning_bigmodels.planner.plan import Length, Plan, kinds_of
+from lightning_bigmodels.planner.search import Trial
+from lightning_bigmodels.planner.simulation import Setting
+
+MIB, GIB = 2**20, 2**30
+_LEAST = 0.01
+"""Share of a step's time that is worth a word."""
+_WIDTH = 17
+_PHASES = {"forward": "the forward pass", "backward": "the backward pass", "update": "the optimizer's update"}
+
+
+def report(plan: Plan, length: Length | None, price: float | None, hint: str | None, trials: Sequence[Trial]) -> str:
+    """Return what the command prints.
+
+    Args:
+        plan: The plan.
+        length: Of the run; None where it is not known.
+        price: Of a device's hour.
+        hint: How the length could be known.
+        trials: Changes that were tried because it does not fit.
+    """
+    sections = [_memory(plan), _step(plan), _run(plan, length, price, hint), [verdict(plan)], _changes(plan, trials)]
+    lines = [title(plan), *(line for section in sections if section for line in ("", *section))]
+    # that a number is zero changes no shape
+    names = ", ".join(name for name in plan.assumptions if name != "aten::_local_scalar_dense")
+    if names:
+        lines += ["", f"Upper bounds: what hangs on values was taken at its largest ({names})."]
+    return "\n".join(lines)
+
+
+def title(plan: Plan) -> str:
+    """Return one line that says what was planned."""
+    setting = plan.setting
+    words = [
+        _devices(setting, plan.hardware.name),
+        setting.strategy if setting.world_size > 1 or setting.strategy != "auto" else "one process",
+        setting.precision,
+        f"batch_size {setting.batch_size}",
+    ]
+    if setting.accumulate_grad_batches > 1:
+        words.append(f"{setting.accumulate_grad_batches} batches accumulated")
+    return ", ".join(words)
+
+
+def verdict(plan: Plan) -> str:
+    """Return one line that says whether it fits, by how much, and how sure that is."""
+    room = plan.room
+    uncertain = f"uncertain by {_gib(room.uncertainty)}"
+    if not room.fits:
+        return (
+            f"DOES NOT FIT: {_gib(-room.spare)} GiB too much, {uncertain}"
+            if room.spare < 0
+            else (f"MAY NOT FIT: {_gib(room.spare)} GiB to spare, {uncertain}")
+        )
+    return f"FITS: {_gib(room.spare)} GiB to spare, {uncertain}"
+
+
+def _memory(plan: Plan) -> list[str]:
+    room, peak = plan.room, plan.peak
+    digits = 2 if room.allocated >= GIB else 4
+    place = f"in {_PHASES[peak.phase]}, {peak.name}, operation {peak.operation:,} of {plan.num_operations:,}"
+    rows = [(kind, peak.held.get(kind, 0), "") for kind in kinds_of(plan)]
+    rows += [
+        ("allocated", room.allocated, place),
+        ("reserved", room.reserved, "with what the allocator keeps"),
+        ("used", room.used, "with the driver's context and communication"),
+        ("of", plan.hardware.memory, plan.hardware.name),
+    ]
+    lines = ["Memory of a device at the step's peak, GiB"]
+    return lines + [_row(name, _gib(size, digits), comment) for name, size, comment in rows]
+
+
+def _step(plan: Plan) -> list[str]:
+    time = plan.time
+    parts = sorted(time.parts.items(), key=lambda part: -part[1])
+    told = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in parts if seconds >= _LEAST * time.seconds)
+    lines = [
+        "Optimizer step",
+        _row("time", _seconds(time.seconds), f"bound by {time.bound}: {told}"),
+        _row("TFLOP", f"{time.flops / 1e12:,.1f}", f"on each device; MFU {time.mfu:.1%}"),
+    ]
+    for name, traffic in plan.traffic.items():
+        if traffic.sent >= MIB:
+            lines.append(
+                _row(name, f"{traffic.sent / MIB:,.0f}", f"MiB sent, as much received, in {traffic.calls:,} calls")
+            )
+    each = plan.units_per_second_and_device
+    return [
+        *lines,
+        _row(f"{plan.unit}/s", _count(each), f"on each device, {_count(plan.units_per_second)} in all"),
+        _row(plan.unit, _count(plan.rows_per_step * plan.units_per_row), "in a step, on all devices"),
+    ]
+
+
+def _run(plan: Plan, length: Length | None, price: float | None, hint: str | None) -> list[str]:
+    if length is None:
+        return [hint] if hint else []
+    lines = [f"Run of {length.steps:,} steps, {length.rows * plan.units_per_row:,} {plan.unit}"]
+    lines.append(_row("hours", _hours(length.hours), "of training alone"))
+    devices = plan.setting.world_size
+    lines.append(_row("device hours", _hours(length.hours * devices)))
+    if length.cost is not None:
+        lines.append(_row("cost", f"{length.cost:,.2f}", f"at {price:g} a device and hour"))
+    return lines
+
+
+def _changes(plan: Plan, trials: Sequence[Trial]) -> list[str]:
+    if not trials:
+        return [] if plan.room.fits else ["No change of this recipe's flags could make it fit."]
+    fitting = [trial for trial in trials if trial.fits]
+    lines = []
+    if fitting:
+        lines += ["What makes it fit, each tried (used GiB, time of a step):"]
+        lines += [line for trial in fitting for line in _trial(plan, trial)]
+    rest = [trial for trial in trials if not trial.fits]
+    if rest:
+        lines += ["Not enough:" if fitting else "Nothing that was tried makes it fit (used GiB, time of a step):"]
+        lines += [line for trial in rest for line in _trial(plan, trial)]
+    return lines
+
+
+def _trial(plan: Plan, trial: Trial) -> Iterator[str]:
+    flags = " ".join(trial.flags)
+    if trial.plan is None:
+        yield f"  {flags}: {trial.reason}"
+        return
+    rows = trial.plan.rows_per_step / plan.rows_per_step
+    change = "" if rows == 1 else f", {rows:g} x the rows of a step"
+    yield f"  {flags}"
+    memory = f"{_gib(trial.plan.room.used)} of {_gib(plan.hardware.memory)}"
+    yield f"    {memory}, {_seconds(trial.plan.time.seconds)}{change}"
+
+
+def _devices(setting: Setting, name: str) -> str:
+    nodes = f" on {setting.num_nodes} nodes" if setting.num_nodes > 1 else ""
+    return f"{setting.world_size} x {name}{nodes}"
+
+
+def _row(name: str, value: str, comment: str = "") -> str:
+    return f"  {name:<{_WIDTH}}{value:>12}  {comment}".rstrip()
+
+
+def _gib(size: float, digits: int = 2) -> str:
+    return f"{size / GIB:,.{digits}f}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1000:,.3g} ms"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 10 else f"{hours:.3g}"
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

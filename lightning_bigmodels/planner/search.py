@@ -1,0 +1,194 @@
+"""The smallest changes that make a step fit: those that leave the result alone come first, and each is tried."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.planner.flags import changed_flags, replicas
+from lightning_bigmodels.planner.plan import Plan
+from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.trace import Kind
+
+_ENOUGH = 2
+"""Changes that fit, after which no other is tried."""
+_HELPS = 0.95
+"""Share of the memory that is left with a change that is worth keeping, or less."""
+_DEVICES_OF_A_NODE = 8
+_MOST_PROCESSES = 4096
+_SHARDED: tuple[Kind, ...] = ("parameters", "gradients", "optimizer state")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A change of the setting, and what came of it.
+
+    Attributes:
+        flags: What to add to the command line.
+        plan: With the change; None where it cannot be planned.
+        reason: Why it cannot.
+    """
+
+    flags: list[str]
+    plan: Plan | None
+    reason: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the changed step fits."""
+        return self.plan is not None and self.plan.room.fits
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as what JSON can hold."""
+        if self.plan is None:
+            return {"flags": self.flags, "reason": self.reason}
+        return {"flags": self.flags, "plan": self.plan.to_dict()}
+
+
+def find_changes(plan: Plan, model: Any, replan: Callable[[Setting], Plan]) -> list[Trial]:
+    """Return all changes that were tried, in this order; those that fit are among them, if any does.
+
+    First each change alone: smaller batches and as many more of them, activation checkpointing, sharding. What is
+    learnt stays the same with them. If none of them fits, those that help are put together. If that is not enough,
+    numbers of fewer bits, layers split over devices and more devices come on top, in this order.
+
+    Args:
+        plan: One that does not fit.
+        model: The model, for what can be changed of it.
+        replan: Plans the same model in another setting; its InputError says why a setting is not possible.
+    """
+    search = _Search(plan, model, replan)
+    search.run()
+    return search.trials
+
+
+class _Search:
+    def __init__(self, plan: Plan, model: Any, replan: Callable[[Setting], Plan]) -> None:
+        self.trials: list[Trial] = []
+        self._first = plan
+        self._replan = replan
+        self._plans: dict[Setting, Plan | None] = {plan.setting: plan}
+        self._checkpointing: bool | None = getattr(model, "activation_checkpointing", None)
+        # a training step that steps its optimizers itself cannot spread a batch over several
+        self._accumulates = bool(getattr(model, "automatic_optimization", True))
+
+    def run(self) -> None:
+        start = self._first.setting
+        self._largest_batch(start)
+        helpful = []
+        for change in (self._checkpoint, _shard):
+            setting = change(start)
+            if self._has_found(_ENOUGH) or setting is None:
+                continue
+            plan = self._try(setting)
+            if plan is not None and plan.room.used < _HELPS * self._first.room.used:
+                helpful.append(change)
+        if not self._has_found(1):
+            self._combine(start, helpful)
+
+    def _combine(self, setting: Setting, changes: list[Callable[[Setting], Setting | None]]) -> None:
+        for change in changes:
+            setting = change(setting) or setting
+        if setting != self._first.setting and self._largest_batch(setting):
+            return
+        for change in (_lower_precision, _split, self._spread):
+            while (changed := change(setting)) is not None:
+                plan = self._try(self._with_batch(changed, 1))
+                if plan is not None and plan.room.fits:
+                    self._largest_batch(changed)
+                    return
+                before = self._plans.get(self._with_batch(setting, 1))
+                if plan is None or before is None or plan.room.used >= _HELPS * before.room.used:
+                    break
+                setting = changed
+
+    def _try(self, setting: Setting) -> Plan | None:
+        if setting not in self._plans:
+            flags = changed_flags(self._first.setting, setting)
+            try:
+                plan, reason = self._replan(setting), ""
+            except InputError as error:
+                plan, reason = None, str(error)
+            self._plans[setting] = plan
+            self.trials.append(Trial(flags, plan, reason))
+        return self._plans[setting]
+
+    def _has_found(self, number: int) -> bool:
+        return sum(trial.fits for trial in self.trials) >= number
+
+    # ---- changes
+
+    def _with_batch(self, setting: Setting, size: int) -> Setting:
+        if not self._accumulates:
+            return setting
+        factor = setting.batch_size // size
+        return replace(setting, batch_size=size, accumulate_grad_batches=setting.accumulate_grad_batches * factor)
+
+    def _largest_batch(self, setting: Setting) -> bool:
+        """Find the largest part of the batch that fits, the whole included; return whether there is one."""
+        sizes = [size for size in range(setting.batch_size, 0, -1) if setting.batch_size % size == 0]
+        sizes = sizes if self._accumulates else sizes[:1]
+        whole = self._try(setting)
+        one = self._try(self._with_batch(setting, sizes[-1]))
+        if whole is None or one is None or not one.room.fits:
+            return False
+        # memory grows in proportion to the batch
+        slope = (whole.room.used - one.room.used) / max(1, setting.batch_size - 1)
+        for size in sizes[:-1]:
+            if (size - 1) * slope <= one.room.spare - one.room.uncertainty:
+                plan = self._try(self._with_batch(setting, size))
+                if plan is not None and plan.room.fits:
+                    # of one row was tried to find this
+                    self.trials = [trial for trial in self.trials if trial.plan is not one]
+                    break
+        return True
+
+    def _checkpoint(self, setting: Setting) -> Setting | None:
+        if self._checkpointing is not False or setting.activation_checkpointing:
+            return None
+        return replace(setting, activation_checkpointing=True)
+
+    def _spread(self, setting: Setting) -> Setting | None:
+        """Return the setting on as many devices as state would need that is divided among them."""
+        plan = self._plans.get(self._with_batch(setting, 1))
+        if plan is None:
+            return None
+        state = sum(plan.peak.held.get(kind, 0) for kind in _SHARDED)
+        missing = plan.room.uncertainty - plan.room.spare
+        factor = 2
+        while factor * setting.world_size <= _MOST_PROCESSES and state * (1 - 1 / factor) < missing:
+            factor *= 2
+        if factor * setting.world_size > _MOST_PROCESSES:
+            return None
+        devices = min(factor * setting.devices, max(_DEVICES_OF_A_NODE, setting.devices))
+        num_nodes = -(-factor * setting.world_size // devices)
+        spread = replace(setting, devices=devices, num_nodes=num_nodes)
+        if not setting.strategy.startswith(("fsdp2", "tp")):
+            spread = replace(spread, strategy="fsdp2")
+        return _keep_rows(setting, spread)
+
+
+def _shard(setting: Setting) -> Setting | None:
+    if setting.world_size == 1 or not setting.strategy.startswith(("auto", "ddp")):
+        return None
+    return replace(setting, strategy="fsdp2")
+
+
+def _lower_precision(setting: Setting) -> Setting | None:
+    lower = {"32-true": "bf16-mixed", "bf16-mixed": "bf16-true", "16-mixed": "bf16-true"}.get(setting.precision)
+    return None if lower is None else replace(setting, precision=lower)
+
+
+def _split(setting: Setting) -> Setting | None:
+    """Return the setting with each layer split over more processes of a node."""
+    sizes = {"fsdp2": 2, "fsdp2_tp2": 4, "fsdp2_tp4": 8}
+    size = sizes.get(setting.strategy)
+    if size is None or setting.devices % size:
+        return None
+    return _keep_rows(setting, replace(setting, strategy=f"fsdp2_tp{size}"))
+
+
+def _keep_rows(old: Setting, new: Setting) -> Setting:
+    """Return the new setting with batches accumulated so that a step sees as many rows, where that divides."""
+    batches = old.accumulate_grad_batches * replicas(old)
+    return replace(new, accumulate_grad_batches=max(1, batches // replicas(new)))

@@ -1,0 +1,67 @@
+"""Bytes that a device sends and receives in a step, by kind of collective."""
+
+from dataclasses import dataclass
+
+from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.trace import StepTrace, Transfer
+
+_KINDS = {
+    "allgather": "all-gather",
+    "reducescatter": "reduce-scatter",
+    "allreduce": "all-reduce",
+    "broadcast": "broadcast",
+    "alltoall": "all-to-all",
+}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one device exchanges by one kind of collective in an optimizer step."""
+
+    calls: int
+    """How often it is called."""
+    sent: int
+    """Bytes, by the rings or trees that send least."""
+    received: int
+    """Bytes."""
+
+
+def traffic_of(trace: StepTrace, setting: Setting) -> dict[str, Traffic]:
+    """Return what a device sends and receives in an optimizer step, by kind of collective.
+
+    Args:
+        trace: A step, which has at most two of the batches that are accumulated.
+        setting: How it is run.
+    """
+    found: dict[str, Traffic] = {}
+    for transfer, count in trace.transfers.items():
+        kind = kind_of(transfer)
+        calls = round(count * _repetitions(transfer, setting))
+        size = calls * _sent(kind, transfer)
+        known = found.get(kind, Traffic(0, 0, 0))
+        found[kind] = Traffic(known.calls + calls, known.sent + size, known.received + size)
+    return found
+
+
+def kind_of(transfer: Transfer) -> str:
+    """Return the usual name of a collective, whatever torch calls this form of it."""
+    name = transfer.name.replace("_", "")
+    return next((kind for key, kind in _KINDS.items() if name.startswith(key)), transfer.name)
+
+
+def _sent(kind: str, transfer: Transfer) -> int:
+    """Return the bytes that a process passes on; in a ring it receives as many."""
+    others = (transfer.processes - 1) / transfer.processes
+    if kind == "broadcast":
+        return transfer.size
+    return round((2 if kind == "all-reduce" else 1) * others * transfer.size)
+
+
+def _repetitions(transfer: Transfer, setting: Setting) -> float:
+    """Return how often what was traced happens in the whole step."""
+    batches = setting.accumulate_grad_batches
+    if transfer.phase == "update":
+        return 1
+    traced = min(2, batches)
+    # DistributedDataParallel sends with the last batch alone
+    return (1 if setting.strategy.startswith(("auto", "ddp")) else batches) / traced

@@ -1,0 +1,90 @@
+"""The Trainer's lines are a Setting, whether they are names, class paths or instances."""
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.planner.flags import changed_flags, replicas, setting_from_lines, setting_of
+from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.strategies import CompressedDDPStrategy, FSDP2Strategy
+from tests.toys import ToyData
+
+OURS = "lightning_bigmodels.strategies."
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        (None, "auto"),
+        ("fsdp", "fsdp"),
+        ({"class_path": OURS + "FSDP2Strategy"}, "fsdp2"),
+        ({"class_path": OURS + "FSDP2Strategy", "init_args": {"tensor_parallel_size": 2}}, "fsdp2_tp2"),
+        ({"class_path": OURS + "FSDP2Strategy", "init_args": {"tensor_parallel_size": 16}}, "tp"),
+        ({"class_path": OURS + "CompressedDDPStrategy", "init_args": {"compression": "powersgd"}}, "ddp_powersgd"),
+        ({"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"bucket_cap_mb": 50}}, "ddp"),
+        ({"class_path": "my.Strategy"}, "my.Strategy"),
+    ],
+)
+def test_lines_name_a_strategy(strategy, name):
+    assert setting_from_lines({"strategy": strategy, "devices": 16}, ToyData()).strategy == name
+
+
+@pytest.mark.parametrize(
+    ("devices", "number"), [("auto", 1), (-1, 1), (None, 1), ("8", 8), ("0,1", 2), ([0, 2, 3], 3), (4, 4)]
+)
+def test_lines_count_devices(devices, number):
+    lines = {"devices": devices, "num_nodes": 2, "precision": "16-mixed", "accumulate_grad_batches": 3}
+    found = setting_from_lines({**lines, "gradient_clip_val": 1}, ToyData(batch_size=5))
+    assert found == Setting("auto", "16-mixed", number, 2, 5, 3, 1.0)
+
+
+@pytest.mark.parametrize("devices", [0, "none", []])
+def test_devices_that_are_none_are_refused(devices):
+    with pytest.raises(InputError, match=r"trainer.devices is .*; give how many there are"):
+        setting_from_lines({"devices": devices}, ToyData())
+    lines = {"class_path": OURS + "FSDP2Strategy", "init_args": {"tensor_parallel_size": 3}}
+    with pytest.raises(InputError, match=r"tensor_parallel_size 3 cannot be planned; plan with fsdp2, fsdp2_tp2, "):
+        setting_from_lines({"strategy": lines}, ToyData())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        ("auto", "auto"),
+        ("ddp", "ddp"),
+        (DDPStrategy(), "ddp"),
+        (CompressedDDPStrategy("bf16"), "ddp_bf16_gradients"),
+        (FSDP2Strategy(tensor_parallel_size=2), "fsdp2_tp2"),
+    ],
+)
+def test_a_trainer_is_a_setting(strategy, name):
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=4 if name != "auto" else 1,
+        strategy=strategy,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.5,
+        logger=False,
+        enable_checkpointing=False,
+    )
+    found = setting_of(trainer, ToyData())
+    assert found == Setting(name, "32-true", trainer.num_devices, 1, 4, 2, 0.5)
+    # the processes that split a layer see the same rows
+    assert replicas(found) == {"auto": 1, "fsdp2_tp2": 2}.get(name, 4)
+
+
+def test_what_differs_is_flags():
+    old = Setting("ddp", "32-true", 4, 2, 8)
+    new = Setting("fsdp2", "bf16-mixed", 8, 1, 4, 2, activation_checkpointing=True)
+    assert changed_flags(old, old) == []
+    assert changed_flags(old, new) == [
+        "--data.batch_size 4",
+        "--trainer.accumulate_grad_batches 2",
+        "--model.activation_checkpointing true",
+        "--trainer.strategy fsdp2",
+        "--trainer.precision bf16-mixed",
+        "--trainer.devices 8",
+        "--trainer.num_nodes 1",
+    ]
+    assert replicas(Setting("tp", devices=8, num_nodes=3)) == 3
