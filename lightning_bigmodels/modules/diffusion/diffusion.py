@@ -66,6 +66,8 @@ class Diffusion(PictureGeneration):
         sigma_min: Least noise of score matching, whose levels are a geometric row.
         sigma_max: Greatest noise of score matching, about the greatest distance of two pictures.
         time_sampling: For flow matching uniform, or logit_normal: the middle of the path more often.
+        time_shift: For flow matching how far times move towards the noise, in training and sampling: above 1 more work
+            goes into what lies where, and less into details; 1: not at all.
         min_snr_gamma: Where the weight of the loss stops growing with the signal-to-noise ratio (Hang et al. 2023 take
             5); None: weight 1.
         label_dropout: Part of the training pictures whose class is not told, so that guidance can do without it.
@@ -105,6 +107,7 @@ class Diffusion(PictureGeneration):
         sigma_min: float = 0.01,
         sigma_max: float = 50.0,
         time_sampling: str = "uniform",
+        time_shift: float = 1.0,
         min_snr_gamma: float | None = None,
         label_dropout: float = 0.1,
         guidance_scale: float = 1.0,
@@ -139,6 +142,7 @@ class Diffusion(PictureGeneration):
             sigma_max,
             time_sampling,
             min_snr_gamma,
+            time_shift,
         )
         self.sampling = Sampling(sampler or DEFAULTS[process], num_sampling_steps, guidance_scale)
         check_sampler(self.process, self.sampling.sampler, num_sampling_steps)

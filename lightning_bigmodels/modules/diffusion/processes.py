@@ -181,13 +181,17 @@ class FlowMatching(Process):
     Attributes:
         time_sampling: `uniform`, or `logit_normal`, which draws the middle of the path more often (Esser et al. 2024,
             "Scaling Rectified Flow Transformers", section 3.1).
+        time_shift: How far times move towards the noise, where it is decided what lies where: t becomes
+            `time_shift t / (1 + (time_shift - 1) t)` (the same, equation 23), in training and in sampling.
     """
 
     time_sampling: str = "uniform"
+    time_shift: float = 1.0
 
     @override
     def draw_times(self, noise: SampleNoise) -> Tensor:
-        return noise.normal().sigmoid() if self.time_sampling == "logit_normal" else noise.uniform()
+        t = noise.normal().sigmoid() if self.time_sampling == "logit_normal" else noise.uniform()
+        return self.time_shift * t / (1 + (self.time_shift - 1) * t)
 
     @override
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,6 +273,7 @@ def build_process(
     sigma_max: float = 50.0,
     time_sampling: str = "uniform",
     min_snr_gamma: float | None = None,
+    time_shift: float = 1.0,
 ) -> Process:
     """Return a process as a user describes it.
 
@@ -283,6 +288,7 @@ def build_process(
         sigma_max: Greatest noise of score matching.
         time_sampling: For flow matching `uniform` or `logit_normal`.
         min_snr_gamma: Where the weight of the loss stops growing with the signal-to-noise ratio; None: weight 1.
+        time_shift: For flow matching how far times move towards the noise; 1: not at all.
 
     Raises:
         InputError: a name is unknown, or a value out of its range.
@@ -294,6 +300,8 @@ def build_process(
         raise InputError(f"num_train_timesteps is {num_train_timesteps}; it must be 2 or more")
     if min_snr_gamma is not None and min_snr_gamma <= 0:
         raise InputError(f"min_snr_gamma is {min_snr_gamma}; set it above 0, or to null for weight 1")
+    if time_shift <= 0:
+        raise InputError(f"time_shift is {time_shift}; set it to 1 for none, or above for more noise")
     if not 0 < beta_start <= beta_end < 1:
         raise InputError(f"beta_start is {beta_start} and beta_end {beta_end}; let them rise from above 0 to below 1")
     if not 0 < sigma_min < sigma_max:
@@ -309,7 +317,7 @@ def build_process(
     if prediction not in (None, own):
         raise InputError(f"prediction is {prediction!r}, and {process} predicts {own}; set prediction to null")
     if process == "flow_matching":
-        return FlowMatching(VELOCITY, min_snr_gamma, num_train_timesteps, time_sampling)
+        return FlowMatching(VELOCITY, min_snr_gamma, num_train_timesteps, time_sampling, time_shift)
     sigmas = geometric_sigmas(sigma_min, sigma_max, num_train_timesteps)
     shares = [1 / (1 + sigma**2) for sigma in sigmas]
     return DiscreteProcess("epsilon", min_snr_gamma, num_train_timesteps, tuple(shares))

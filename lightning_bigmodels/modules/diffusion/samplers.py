@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_bigmodels.errors import InputError, near, require
-from lightning_bigmodels.modules.diffusion.processes import DiscreteProcess, Process
+from lightning_bigmodels.modules.diffusion.processes import DiscreteProcess, FlowMatching, Process
 from lightning_bigmodels.tasks.sample_noise import SampleNoise
 
 DEFAULTS = {"ddpm": "ddim", "score_matching": "euler", "flow_matching": "euler"}
@@ -88,9 +88,12 @@ def build_scheduler(process: Process, sampler: str, clip: bool) -> Any:
             are not.
     """
     diffusers = require("diffusers", extra="generative")
+    values: dict[str, Any]
     if not isinstance(process, DiscreteProcess):
-        return getattr(diffusers, _OF_FLOWS[sampler])(num_train_timesteps=process.num_train_timesteps)
-    values: dict[str, Any] = {
+        assert isinstance(process, FlowMatching)
+        values = {"num_train_timesteps": process.num_train_timesteps, "shift": process.time_shift}
+        return getattr(diffusers, _OF_FLOWS[sampler])(**values)
+    values = {
         "num_train_timesteps": process.num_train_timesteps,
         "trained_betas": process.betas(),
         "prediction_type": process.prediction,

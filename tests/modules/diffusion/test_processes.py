@@ -150,9 +150,19 @@ def test_logit_normal_times_gather_in_the_middle():
     assert float(((t > 0.25) & (t < 0.75)).float().mean()) == pytest.approx(0.728, abs=0.02)
 
 
+def test_shifted_times_are_nearer_to_the_noise():
+    plain, shifted = (build_process("flow_matching", time_shift=shift).draw_times(noise_of(10_000)) for shift in (1, 3))
+    assert shifted.min() >= 0
+    assert shifted.max() <= 1
+    assert bool((shifted >= plain).all())
+    # half of them are beyond 3 / 2 / (1 + 2 / 2)
+    assert float((shifted > 0.75).float().mean()) == pytest.approx(0.5, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ({"time_shift": 0.0}, "time_shift is 0.0; set it to 1 for none, or above for more noise"),
         ({"process": "ddmp"}, "there is no process 'ddmp'; did you mean 'ddpm'?"),
         ({"noise_schedule": "cosin"}, "did you mean 'cosine'?"),
         ({"prediction": "v"}, "there is no prediction 'v'; known: epsilon, sample, v_prediction"),

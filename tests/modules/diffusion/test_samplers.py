@@ -28,6 +28,7 @@ WAYS = [
     ({"process": "score_matching", "sigma_max": 20.0}, "euler_ancestral", 100),
     ({"process": "score_matching", "sigma_max": 20.0}, "ddim", 50),
     ({"process": "flow_matching"}, "euler", 50),
+    ({"process": "flow_matching", "time_shift": 3.0}, "euler", 100),
 ]
 
 
@@ -79,6 +80,13 @@ def test_euler_alone_wants_scaled_noise():
     }
     assert not begins_with_unit_noise(build_scheduler(process, "euler", True))
     assert begins_with_unit_noise(build_scheduler(build_process("flow_matching"), "euler", True))
+
+
+def test_sampling_shifts_times_as_training_does():
+    scheduler = build_scheduler(build_process("flow_matching", time_shift=3.0), "euler", True)
+    scheduler.set_timesteps(4)
+    plain = torch.linspace(1, 0, 4)
+    torch.testing.assert_close(scheduler.sigmas[:4].cpu(), 3 * plain / (1 + 2 * plain), atol=0.02, rtol=0)
 
 
 def test_guidance_goes_on_from_the_unconditional_prediction_through_the_conditional_one():
