@@ -1,8 +1,8 @@
 """What a step on tensors without values takes for values: nothing is out of order, and as many rows as there can be.
 
 What holds for all holds, what any may be is not, and numbers are zero: so checks pass and masks of nothing are left
-out. Numbers of rows that hang on values, such as the boxes that a detector keeps, are assumed to be their upper bound;
-so memory and operations are an upper bound too.
+out. Numbers of rows that hang on values, such as the boxes that a detector keeps, are assumed to be their upper bound,
+which is that of all rows unless a lower one is known; so memory and operations are an upper bound too.
 """
 
 from collections.abc import Callable
@@ -36,9 +36,43 @@ def assume(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return stand_in(*args, **kwargs)
 
 
-def suppose(condition: Tensor) -> None:
-    """Let a condition without a value be true when it is asked for."""
-    condition._is_supposed = True  # type: ignore[attr-defined]
+def at_most(mask: Tensor, number: int) -> Tensor:
+    """Return a mask of which it is known henceforth that no more elements are true, also when it is joined to others."""
+    mask._most_true = min(number, mask.numel())  # type: ignore[attr-defined]
+    return mask
+
+
+def spread_over(numbers: Tensor, count: int) -> Tensor:
+    """Return whole numbers that are taken henceforth to be as many of each of `count` kinds."""
+    numbers._num_kinds = count  # type: ignore[attr-defined]
+    return numbers
+
+
+def carry_on(operator: Any, args: tuple[Any, ...], result: Any) -> None:
+    """Tell a result what is assumed of the arguments."""
+    rule = _RULES.get(operator._overloadpacket)
+    if rule is not None:
+        rule(args, result)
+
+
+def _suppose(args: tuple[Any, ...], result: Tensor) -> None:
+    result._is_supposed = True  # type: ignore[attr-defined]
+
+
+def _join(args: tuple[Any, ...], result: Tensor) -> None:
+    parts = args[0] if isinstance(args[0], (list, tuple)) else args
+    if any(hasattr(part, "_most_true") for part in parts):
+        at_most(result, sum(_num_true(part) for part in parts if isinstance(part, Tensor)))
+
+
+def _part(args: tuple[Any, ...], result: Tensor) -> None:
+    kinds = getattr(args[0], "_num_kinds", None)
+    if kinds is not None:
+        at_most(result, -(-result.numel() // kinds))
+
+
+def _num_true(mask: Tensor) -> int:
+    return int(getattr(mask, "_most_true", mask.numel()))
 
 
 def _scalar(tensor: Tensor) -> bool | int | float:
@@ -48,10 +82,12 @@ def _scalar(tensor: Tensor) -> bool | int | float:
 
 
 def _nonzero(tensor: Tensor) -> Tensor:
-    return tensor.new_empty((tensor.numel(), tensor.ndim), dtype=torch.int64)
+    return tensor.new_empty((_num_true(tensor), tensor.ndim), dtype=torch.int64)
 
 
 def _masked_select(tensor: Tensor, mask: Tensor) -> Tensor:
+    if hasattr(mask, "_most_true"):
+        return tensor.new_empty(_num_true(mask) * (tensor.numel() // mask.numel()))
     return tensor.new_empty(torch.broadcast_shapes(tensor.shape, mask.shape).numel())
 
 
@@ -64,11 +100,11 @@ def _index_put(tensor: Tensor, indices: list[Tensor | None], values: Tensor, acc
 
 
 def _as_places(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """Return indices with each mask replaced by the places of all its elements."""
+    """Return indices with each mask replaced by as many places as may be true in it."""
     found: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype in (torch.bool, torch.uint8):
-            found += [index.new_empty(index.numel(), dtype=torch.int64) for _ in range(index.ndim)]
+            found += [index.new_empty(_num_true(index), dtype=torch.int64) for _ in range(index.ndim)]
         else:
             found.append(index)
     return found
@@ -95,4 +131,10 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
     "aten::index_put_": _index_put,
     "aten::_unique2": _unique,
     "torchvision::nms": _nms,
+}
+_RULES: dict[Any, Callable[[tuple[Any, ...], Any], None]] = {
+    aten.all: _suppose,
+    aten.cat: _join,
+    aten.bitwise_or: _join,
+    aten.eq: _part,
 }

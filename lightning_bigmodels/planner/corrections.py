@@ -5,56 +5,82 @@ and defaults differ from the CPU's in what they keep for the backward pass, and 
 none's concern, and with real tensors they would be wrong.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
-from typing_extensions import override
 
-# computed in float32 under CUDA's autocast, and in their inputs' format under the CPU's
+# by their owners; under CUDA's autocast computed in float32, and in their inputs' format under the CPU's
 # Source: torch's page on torch.amp, "CUDA Ops that can autocast to float32", less what the CPU's list has too
-_IN_FLOAT32: set[Callable[..., Any]] = {
-    *(F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm, F.normalize),
-    *(F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.l1_loss, F.smooth_l1_loss, F.kl_div),
-    *(torch.exp, Tensor.exp, torch.log, Tensor.log, torch.pow, Tensor.pow, Tensor.__pow__, torch.rsqrt, Tensor.rsqrt),
-    *(torch.reciprocal, Tensor.reciprocal, F.softplus, torch.norm, Tensor.norm),
+_IN_FLOAT32: dict[Any, tuple[str, ...]] = {
+    F: (
+        *("layer_norm", "group_norm", "normalize", "softplus", "cross_entropy", "nll_loss", "l1_loss"),
+        *("smooth_l1_loss", "kl_div", "binary_cross_entropy_with_logits"),
+    ),
+    torch: ("exp", "log", "pow", "rsqrt", "reciprocal"),
+    Tensor: ("exp", "log", "pow", "rsqrt", "reciprocal"),
 }
 # these make their result in float32 without a copy of the input
-_INTO_FLOAT32: set[Callable[..., Any]] = {
-    *(F.softmax, torch.softmax, Tensor.softmax, F.log_softmax, torch.log_softmax, Tensor.log_softmax),
-    *(torch.sum, Tensor.sum, torch.cumsum, Tensor.cumsum, torch.prod, Tensor.prod),
+_INTO_FLOAT32: dict[Any, tuple[str, ...]] = {
+    F: ("softmax", "log_softmax"),
+    torch: ("softmax", "log_softmax", "sum", "cumsum", "prod"),
+    Tensor: ("softmax", "log_softmax", "sum", "cumsum", "prod"),
 }
+# writes attention out for short rows, on a CPU alone
+_BY_HAND = "lightning_bigmodels.modules.diffusion.attention"
 _LOW = (torch.bfloat16, torch.float16)
 
 
-class OnCUDA(TorchFunctionMode):
-    """Lets functions keep for the backward pass what they keep on CUDA.
+@contextmanager
+def on_cuda() -> Iterator[None]:
+    """Let functions keep for the backward pass what they keep on CUDA.
 
     `rms_norm` is one kernel there, which keeps its input and a number per row; on a CPU it is composed, and keeps three
     tensors more. Dropout keeps a mask of one byte per element, and within attention none at all; on a CPU the mask has
     the input's format, and attention with dropout holds every probability. Under autocast more functions are computed
     in float32.
     """
+    attention = F.scaled_dot_product_attention
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = [(F, "rms_norm", _rms_norm), (F, "dropout", _dropout)]
+    replaced += [(F, "scaled_dot_product_attention", partial(_attention, attention))]
+    for found, wrap in ((_IN_FLOAT32, _in_float32), (_INTO_FLOAT32, _into_float32)):
+        for owner, names in found.items():
+            replaced += [(owner, name, wrap(getattr(owner, name))) for name in names]
+    with ExitStack() as stack:
+        for owner, name, function in replaced:
+            stack.enter_context(mock.patch.object(owner, name, function))
+        if _BY_HAND in sys.modules:
+            stack.enter_context(mock.patch(f"{_BY_HAND}.LONGEST_PLAIN", -1))
+        yield
 
-    @override
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.rms_norm:
-            return _rms_norm(*args, **kwargs)
-        if func is F.dropout:
-            return _dropout(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
+
+def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    def widened(*args: Any, **kwargs: Any) -> Any:
         if torch.is_autocast_enabled("cpu"):
-            if func in _IN_FLOAT32:
-                args = tuple(_widened(argument) for argument in args)
-            elif func in _INTO_FLOAT32 and kwargs.get("dtype") is None and _is_low(args[0] if args else None):
-                kwargs = {**kwargs, "dtype": torch.float32}
-        return func(*args, **kwargs)
+            args = tuple(argument.float() if _is_low(argument) else argument for argument in args)
+        return function(*args, **kwargs)
+
+    return widened
+
+
+def _into_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    def widened(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_autocast_enabled("cpu") and args and _is_low(args[0]) and kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float32
+        return function(*args, **kwargs)
+
+    return widened
+
+
+def _is_low(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in _LOW
 
 
 def use_cuda_defaults(optimizer: Optimizer) -> None:
@@ -96,6 +122,7 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 
 
 def _attention(
+    function: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -104,12 +131,4 @@ def _attention(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
-
-
-def _is_low(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in _LOW
-
-
-def _widened(value: Any) -> Any:
-    return value.float() if _is_low(value) else value
+    return function(query, key, value, attn_mask, 0.0, is_causal, **kwargs)

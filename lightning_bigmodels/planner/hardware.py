@@ -20,9 +20,20 @@ _PEAKS = {
     "fp16_tflops": torch.float16,
     "fp8_tflops": torch.float8_e4m3fn,
 }
-_NUMBERS = ("memory_gib", "memory_gb_s", *_PEAKS, "tf32_tflops", "product_efficiency", "link_gb_s", "network_gb_s")
+_NUMBERS = (
+    "memory_gib",
+    "memory_gb_s",
+    *_PEAKS,
+    "tf32_tflops",
+    "product_efficiency",
+    "attention_efficiency",
+    "link_gb_s",
+    "network_gb_s",
+)
 _COLUMNS = ("name", *_NUMBERS, "source")
-_TYPICAL_EFFICIENCY = 0.78  # median of what was measured of six devices, see `product_efficiency` in the table
+# of devices that nothing was calibrated on: between the two that were
+_TYPICAL_PRODUCTS = 0.55
+_TYPICAL_ATTENTION = 0.4
 # what older devices lack is computed in the next wider format
 _WIDER = {torch.float8_e4m3fn: torch.bfloat16, torch.float16: torch.bfloat16, torch.bfloat16: torch.float32}
 
@@ -37,8 +48,9 @@ class Hardware:
         memory_bandwidth: Bytes per second.
         peak_flops: Floating-point operations per second by the format of a product's factors; float32 without TF32.
         tf32_flops: Of float32 products where `torch.set_float32_matmul_precision` allows TF32.
-        product_efficiency: Share of these peaks that large products were measured to reach; devices are held back by
-            their power, each by another.
+        product_efficiency: Share of these peaks that products reach in training; the table's source says on which
+            measurements it was calibrated.
+        attention_efficiency: Share of these peaks that attention reaches, what it leaves out not counted.
         link_bandwidth: Bytes per second in one direction, of one device to the others of its node.
         network_bandwidth: Bytes per second in one direction, of one device to other nodes.
         source: Where the numbers are from.
@@ -50,6 +62,7 @@ class Hardware:
     peak_flops: dict[torch.dtype, float]
     tf32_flops: float
     product_efficiency: float
+    attention_efficiency: float
     link_bandwidth: float
     network_bandwidth: float
     source: str
@@ -90,7 +103,7 @@ def known_hardware(table: str | None = None) -> dict[str, Hardware]:
 
     Args:
         table: A CSV file of the user's with the columns of the package's `planner/hardware.csv`, whose rows come over
-            those. A peak that is left empty is one that the device lacks, an empty efficiency was not measured.
+            those. An empty peak is one that the device lacks, an empty efficiency is that of typical devices.
 
     Raises:
         InputError: The table cannot be read; the message names the line.
@@ -131,7 +144,7 @@ def _row(row: dict[str, str | None], place: str) -> Hardware:
         value = values[column]
         if value is None:
             raise InputError(
-                f"{place}: {column} of {name} is empty; only the efficiency and peaks of formats that it lacks may be"
+                f"{place}: {column} of {name} is empty; only efficiencies and peaks of formats that it lacks may be"
             )
         return value
 
@@ -142,7 +155,8 @@ def _row(row: dict[str, str | None], place: str) -> Hardware:
         memory_bandwidth=needed("memory_gb_s") * 1e9,
         peak_flops=peaks,
         tf32_flops=(values["tf32_tflops"] or needed("fp32_tflops")) * 1e12,
-        product_efficiency=values["product_efficiency"] or _TYPICAL_EFFICIENCY,
+        product_efficiency=values["product_efficiency"] or _TYPICAL_PRODUCTS,
+        attention_efficiency=values["attention_efficiency"] or _TYPICAL_ATTENTION,
         link_bandwidth=needed("link_gb_s") * 1e9,
         network_bandwidth=needed("network_gb_s") * 1e9,
         source=(row["source"] or "").strip(),
@@ -177,7 +191,8 @@ def _this_machine() -> Hardware:
         memory_bandwidth=bandwidth,
         peak_flops=peaks,
         tf32_flops=peaks[torch.float32],
-        product_efficiency=1.0,
+        product_efficiency=0.9,
+        attention_efficiency=0.5,
         # processes of one machine copy into a socket and out of it: four passes over memory
         link_bandwidth=bandwidth / 4,
         network_bandwidth=1.25e9,

@@ -2,15 +2,26 @@
 
 from dataclasses import dataclass
 
+from lightning_bigmodels.planner.allocator import reserved_bytes
 from lightning_bigmodels.planner.hardware import Hardware
 from lightning_bigmodels.planner.simulation import Setting
 from lightning_bigmodels.planner.trace import StepTrace
 
 _GIB = 2**30
-_KEPT = 0.05  # share of the peak that the caching allocator holds in holes
-_CONTEXT = int(0.8 * _GIB)  # driver and loaded kernels; 0.5 to 1.3 GiB were seen
-_COMMUNICATION = int(1.3 * _GIB)  # NCCL's buffers with more than one process; 1 to 2 GiB were seen
-_PROCESS = int(0.4 * _GIB)  # of a CPU process besides tensors; 0.2 to 0.5 GiB were measured
+_WORKSPACE = 2**26
+"""cuBLAS takes 32 MiB for the forward pass and as much for the backward pass of Hopper, and a quarter of it of others
+(torch's notes on CUDA semantics, cuBLAS workspaces)."""
+_HOLES = 0.02
+"""Holes that the order of a trace does not show; set by AO-1 of tests/benchmarks/planner_rows.csv."""
+_CONTEXT = _GIB
+"""The driver's context and loaded kernels: 0.5 to 1.3 GiB were seen, the more the older torch and the GPU."""
+_COMMUNICATION = int(1.3 * _GIB)
+"""NCCL's buffers with more than one process: 1 to 2 GiB were seen."""
+_UNCERTAIN = 0.08
+"""Share by which more may be reserved, besides half a GiB for context and communication: the median error of
+tests/benchmarks/planner.py."""
+_PROCESS = int(0.4 * _GIB)
+"""What a process on a CPU takes besides tensors: 0.2 to 0.5 GiB were measured."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +30,7 @@ class Room:
 
     Attributes:
         allocated: Of tensors at the step's peak: `torch.cuda.max_memory_allocated()`.
-        reserved: With what the caching allocator keeps: `torch.cuda.max_memory_reserved()`.
+        reserved: With the holes that the caching allocator keeps: `torch.cuda.max_memory_reserved()`.
         used: With the driver's context and the buffers of communication: what nvidia-smi shows of the process.
         uncertainty: How much more it may be.
         memory: What the device has.
@@ -46,13 +57,14 @@ def estimate_room(trace: StepTrace, setting: Setting, hardware: Hardware) -> Roo
     """Return what a traced step needs of a device.
 
     Args:
-        trace: A step of the setting.
+        trace: A step of the setting, traced `like_cuda` unless the hardware is a CPU.
         setting: How it was run.
         hardware: The device.
     """
     allocated = trace.peak.total
     if hardware.name == "cpu":
         return Room(allocated, allocated, allocated + _PROCESS, allocated // 20 + _PROCESS // 2, hardware.memory)
-    reserved = int(allocated * (1 + _KEPT))
+    allocated += _WORKSPACE
+    reserved = int(max(allocated, reserved_bytes(trace) + _WORKSPACE) * (1 + _HOLES))
     used = reserved + _CONTEXT + (_COMMUNICATION if setting.world_size > 1 else 0)
-    return Room(allocated, reserved, used, allocated // 20 + _GIB // 2, hardware.memory)
+    return Room(allocated, reserved, used, int(_UNCERTAIN * reserved) + _GIB // 2, hardware.memory)

@@ -21,12 +21,14 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.planner.corrections import on_cuda, use_cuda_defaults
+from lightning_bigmodels.planner.detections import assume_detections
+from lightning_bigmodels.planner.fusion import fuse
 from lightning_bigmodels.planner.trace import StepTrace, Transfer
+from lightning_bigmodels.tasks import Task
 
-STEPS = 2
-"""Optimizers make their state in the first step: the second is the one that all others are like."""
-
-
+_LONG_RUN = 10**6
+"""What a schedule is laid over, whose warmup may be longer than what is simulated."""
 _BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's own
 
 
@@ -43,6 +45,7 @@ class Setting:
         accumulate_grad_batches: Batches of an optimizer step.
         gradient_clip_val: As for the Trainer.
         activation_checkpointing: Whether blocks are computed anew in the backward pass; None: as the model says.
+        averages_weights: Whether a callback keeps an average of the weights, on the device that trains them.
     """
 
     strategy: str = "auto"
@@ -53,6 +56,7 @@ class Setting:
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = None
     activation_checkpointing: bool | None = None
+    averages_weights: bool = False
 
     @property
     def world_size(self) -> int:
@@ -112,6 +116,15 @@ class _Environment(ClusterEnvironment):
         return 0
 
 
+class _WithoutMemory(FakeTensorMode):
+    """Tensors without memory, on a machine that is asked once whether it has a GPU.
+
+    torch asks before each operation that makes a tensor, which takes a fifth of a small network's step (2.14).
+    """
+
+    avoid_device_init = True  # type: ignore[assignment]  # a property of torch's; no tensor here is on a GPU
+
+
 class _Batches(LightningDataModule):
     """Made-up batches, changed as the user's data module changes real ones."""
 
@@ -140,20 +153,35 @@ class _Batches(LightningDataModule):
 class _Watch(Callback):
     """Tells the trace what the step is at, and which tensors are what."""
 
-    def __init__(self, trace: StepTrace) -> None:
+    def __init__(self, trace: StepTrace, num_batches: int = 2, like_cuda: bool = False) -> None:
         self.trace = trace
+        self.num_batches = num_batches
+        self.like_cuda = like_cuda
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         with torch.device("meta"), trainer.precision_plugin.module_init_context():
+            if self.like_cuda and isinstance(pl_module, Task):
+                fuse(pl_module)
             pl_module.configure_model()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        if batch_idx == 1:
+            # Lightning steps behind the batches, counted from the first, that this divides
+            trainer.accumulate_grad_batches = self.num_batches
+        if batch_idx < 2:
             self.trace.restart()
         self.trace.phase = "forward"
         self.trace.note(tree_leaves(batch), "inputs")
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        trainer.should_stop = batch_idx + 1 == trainer.num_training_batches
+        if trainer.should_stop:
+            self.trace.end()
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
@@ -173,38 +201,47 @@ class _Watch(Callback):
         self.trace.phase = "forward"
 
 
-def simulate(model: LightningModule, datamodule: Any, setting: Setting, block_size: int = 1) -> StepTrace:
+def simulate(
+    model: LightningModule, datamodule: Any, setting: Setting, block_size: int = 1, like_cuda: bool = False
+) -> StepTrace:
     """Run steps of a fit as rank 0 of all processes, and return what the second one costs.
 
     No tensor has memory and no other process is there, so that a network of any size on any number of processes takes
-    seconds. Compiled networks are run as they are written: fused operations would hold less.
+    seconds. Compiled networks are run as they are written, but hold what fused operations hold if `like_cuda`.
 
     Args:
         model: The model, whose network is not built yet; it stays so.
         datamodule: Its `example_batch(batch_size)` makes the batches.
         setting: How the step is run.
-        block_size: Bytes that the allocator's blocks are a multiple of.
+        block_size: Bytes that the allocator's blocks are a multiple of, 512 on CUDA.
+        like_cuda: Whether operations hold what they hold on CUDA, instead of what they hold on a CPU.
 
     Raises:
         InputError: the strategy cannot be simulated, or an operation hangs on values.
     """
     trace = StepTrace(block_size)
     model = copy.deepcopy(model)
+    if isinstance(model, Task):
+        model.uses_no_data = True
     if setting.activation_checkpointing is not None:
         model.activation_checkpointing = setting.activation_checkpointing  # type: ignore[assignment]
-    trainer = _trainer(setting, _Watch(trace))
-    # from the second batch on, gradients are there in the backward pass: more batches need no more memory
-    num_batches = STEPS * trainer.accumulate_grad_batches
+    # in the first step the optimizer makes its state, for which one batch will do. In the second batch of a step
+    # gradients are there in the backward pass: more batches need no more memory
+    num_batches = 1 + min(2, setting.accumulate_grad_batches)
+    trainer = _trainer(setting, _Watch(trace, num_batches, like_cuda))
     with ExitStack() as stack:
         stack.enter_context(_process_group(trainer.strategy, setting.world_size))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if "transformers" in sys.modules:
             # it would leave out what is right only while a graph is recorded, such as attention without a mask (5.24)
             stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False))
+        if like_cuda:
+            stack.enter_context(on_cuda())
+        stack.enter_context(assume_detections(trace))
         stack.enter_context(warnings.catch_warnings())
         # what a real run may be told of, a plan need not
         warnings.simplefilter("ignore")
-        _set_up_without_memory(trainer.strategy, trace, stack)
+        _set_up_without_memory(trainer.strategy, trace, stack, like_cuda, setting.averages_weights)
         trainer.fit(model, datamodule=_Batches(datamodule, setting.batch_size, num_batches))
     return trace
 
@@ -223,9 +260,9 @@ def _trainer(setting: Setting, watch: Callback) -> Trainer:
         num_nodes=setting.num_nodes,
         strategy="ddp" if setting.strategy == "auto" and setting.world_size > 1 else setting.strategy,
         precision=cast(Any, setting.precision),
-        accumulate_grad_batches=min(2, setting.accumulate_grad_batches),
         gradient_clip_val=setting.gradient_clip_val,
-        max_epochs=1,
+        max_epochs=-1,
+        max_steps=_LONG_RUN,
         limit_val_batches=0,
         logger=False,
         callbacks=[watch],
@@ -252,7 +289,9 @@ def _process_group(strategy: Strategy, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _set_up_without_memory(strategy: Strategy, trace: StepTrace, stack: ExitStack) -> None:
+def _set_up_without_memory(
+    strategy: Strategy, trace: StepTrace, stack: ExitStack, like_cuda: bool, averages_weights: bool
+) -> None:
     """Have the network built on the meta device, and everything that comes after it on tensors without memory.
 
     What shards a network has to run before that mode, in which meshes cannot be looked into (torch 2.14).
@@ -262,15 +301,22 @@ def _set_up_without_memory(strategy: Strategy, trace: StepTrace, stack: ExitStac
     def set_up_in_mode(trainer: Trainer) -> None:
         module = strategy.lightning_module
         assert module is not None
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        module.to_empty(device="cpu")
+        stack.enter_context(_WithoutMemory(allow_non_fake_inputs=True))
+        _fill(module)
         trace.note((*module.parameters(), *module.buffers()), "parameters")
         stack.enter_context(trace)
         set_up(trainer)
+        if averages_weights:
+            averages = [torch.empty_like(parameter) for parameter in module.parameters() if parameter.requires_grad]
+            trace.note(averages, "parameters")
+            # held until the steps have been run
+            stack.callback(averages.clear)
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: trace.note([p.grad], "gradients"))
         for optimizer in strategy.optimizers:
+            if like_cuda:
+                use_cuda_defaults(optimizer)
             optimizer.register_step_post_hook(_Watch(trace).after_update)
 
     def nothing(*_: Any) -> None:
@@ -286,6 +332,16 @@ def _set_up_without_memory(strategy: Strategy, trace: StepTrace, stack: ExitStac
         strategy.configure_ddp = lambda: _keep_buckets(strategy, trace)  # type: ignore[method-assign]
         strategy.pre_backward = nothing  # type: ignore[method-assign,assignment]
         strategy.block_backward_sync = nullcontext  # type: ignore[method-assign,assignment]
+
+
+def _fill(module: LightningModule) -> None:
+    """Move a network from the meta device, and leave tensors that several of its layers share in common."""
+    places = [(layer._parameters, name, p) for layer in module.modules() for name, p in layer._parameters.items()]
+    owners = {id(p): (owner, name) for owner, name, p in reversed(places)}
+    module.to_empty(device="cpu")
+    for owner, name, p in places:
+        first, first_name = owners[id(p)]
+        owner[name] = first[first_name]
 
 
 def _keep_buckets(strategy: DDPStrategy, trace: StepTrace) -> None:

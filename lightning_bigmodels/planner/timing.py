@@ -14,11 +14,17 @@ Bound = Literal["compute", "memory", "network", "launches"]
 _BOUNDS: tuple[Bound, ...] = ("compute", "memory", "network", "launches")
 _PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 _LAUNCH_SECONDS = 5e-6
+"""From one small eager operation to the next, an assumption; it matters for small networks only."""
 _MEMORY_EFFICIENCY = 0.8
+"""Of the bandwidth in data sheets; stream benchmarks reach 0.85 to 0.92 with tensors that are long enough."""
 _FUSED_TRAFFIC = 0.35
-_ATTENTION_EFFICIENCY = 0.65
+"""Of the traffic of element-wise operations that compiled code is left with: norms, rotations and gates of Llama's
+blocks read and write each tensor about three times as often one by one. With it and the memory's efficiency, the
+efficiency of products was set: see the table of hardware."""
 _LINK_EFFICIENCY = 0.75
+"""Of the bandwidth in data sheets that rings of NCCL reach, an assumption after reports of nccl-tests."""
 _LATENCY_SECONDS = 2e-5
+"""Of a collective within a node, an assumption."""
 _NO_WORK = ("aten::empty", "aten::new_empty", "aten::resize_")
 
 
@@ -53,8 +59,8 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
     """Return how long a step takes that was traced.
 
     Every operation takes as long as its arithmetic or its traffic, whichever is longer, and no less than it takes to be
-    started. What data-parallel strategies send passes beside the computing of the same phase, but for its first and
-    last piece; what tensor parallelism sends does not, since the next layer needs it.
+    started. What data-parallel strategies send passes beside the computing of the same phase, but for one piece, the
+    first or the last; what tensor parallelism sends does not, since the next layer needs it.
 
     Args:
         trace: A step of the setting.
@@ -62,6 +68,7 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
         hardware: The device.
         compiled: Whether the network is compiled: element-wise operations are fused, and launched together.
     """
+    half = setting.precision.startswith("16")  # whose products are traced in bfloat16, on a CPU
     spent: dict[Bound, float] = dict.fromkeys(_BOUNDS, 0.0)
     flops = model_flops = sending = 0.0
     for phase in _PHASES:
@@ -72,29 +79,29 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
         for operation, count in trace.operations.items():
             if operation.phase != phase:
                 continue
-            bound, seconds = _operation_time(operation, hardware, compiled)
+            bound, seconds = _operation_time(operation, hardware, compiled, half)
             spent[bound] += seconds * count * repeats
             busy += seconds * count * repeats
             flops += operation.flops * count * repeats
             if phase == "forward":
                 model_flops += 3.0 * operation.flops * count * repeats
-        beside, between = _sending_time(trace, phase, setting, hardware, repeats)
+        beside, between, piece = _sending_time(trace, phase, setting, hardware, repeats)
         sending += beside + between
-        spent["network"] += between + max(0.0, beside - busy)
+        spent["network"] += between + max(piece, beside - busy)
     total = sum(spent.values())
     peak = hardware.flops_of(_precision_dtype(setting.precision))
     return StepTime(total, spent, sending, flops, model_flops, model_flops / (total * peak) if total else 0.0)
 
 
-def _operation_time(operation: Operation, hardware: Hardware, compiled: bool) -> tuple[Bound, float]:
+def _operation_time(operation: Operation, hardware: Hardware, compiled: bool, half: bool) -> tuple[Bound, float]:
     """Return what bounds an operation, and its seconds."""
     if operation.name.startswith(_NO_WORK):
         return "launches", 0.0
     elementwise = operation.flops == 0
     fused = compiled and elementwise and operation.phase != "update"
-    peak = hardware.flops_of(operation.dtype) * hardware.product_efficiency
-    if "attention" in operation.name:
-        peak *= _ATTENTION_EFFICIENCY
+    attention = "attention" in operation.name
+    dtype = torch.float16 if half and operation.dtype == torch.bfloat16 else operation.dtype
+    peak = hardware.flops_of(dtype) * (hardware.attention_efficiency if attention else hardware.product_efficiency)
     times: dict[Bound, float] = {
         "compute": (operation.flops - operation.skipped) / peak,
         "memory": operation.traffic
@@ -109,21 +116,23 @@ def _operation_time(operation: Operation, hardware: Hardware, compiled: bool) ->
 
 def _sending_time(
     trace: StepTrace, phase: Phase, setting: Setting, hardware: Hardware, repeats: float
-) -> tuple[float, float]:
-    """Return seconds of transfers that pass beside computing, and of those that computing waits for."""
-    beside = between = 0.0
+) -> tuple[float, float, float]:
+    """Return seconds of what passes beside computing, of what computing waits for, and of the longest of the former."""
+    beside = between = piece = 0.0
     for transfer, count in trace.transfers.items():
         if transfer.phase != phase or transfer.processes < 2:
             continue
         seconds = _transfer_time(transfer, setting, hardware)
         if _is_tensor_parallel(transfer):
             between += seconds * count * repeats
-        elif setting.strategy.startswith("ddp") or setting.strategy == "auto":
+            continue
+        piece = max(piece, seconds)
+        if setting.strategy.startswith("ddp") or setting.strategy == "auto":
             # gradients are summed in the last batch only
             beside += seconds * count / min(2, setting.accumulate_grad_batches)
         else:
             beside += seconds * count * repeats
-    return beside, between
+    return beside, between, piece
 
 
 def _is_tensor_parallel(transfer: Transfer) -> bool:

@@ -10,23 +10,24 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from typing_extensions import Self, override
 
-from lightning_bigmodels.planner.assumptions import assume, suppose
+from lightning_bigmodels.planner.assumptions import assume, carry_on
 from lightning_bigmodels.planner.flops import count_flops, count_skipped
 
 Kind = Literal["parameters", "gradients", "optimizer state", "inputs", "activations", "communication", "temporary"]
 Phase = Literal["forward", "backward", "update"]
 
 _KINDS_OF_PHASES: dict[Phase, Kind] = {"forward": "activations", "backward": "temporary", "update": "temporary"}
+_DEVICE_OF = torch.ops.prim.device.default
 # collectives, and what FSDP2 copies into and out of their buffers
 _COMMUNICATION = ("c10d", "_c10d_functional", "fsdp")
+_IN_PLACE = ("c10d", "fsdp")
 
 
 class Moment(NamedTuple):
@@ -131,11 +132,16 @@ class StepTrace(TorchDispatchMode):
     def restart(self) -> None:
         """Begin a step: forget what was, but for what is held."""
         self._number = 0
+        self._over = False
         self.start = self.held
         self.changes: list[Change] = []
         self.operations: Counter[Operation] = Counter()
         self.transfers: Counter[Transfer] = Counter()
         self.peak = Moment(0, self.phase, self.held)
+
+    def end(self) -> None:
+        """End the step: what is given back later, as all is in the end, is no part of it."""
+        self._over = True
 
     @property
     def history(self) -> list[tuple[int, int]]:
@@ -184,7 +190,8 @@ class StepTrace(TorchDispatchMode):
 
     def _count(self, kind: Kind, difference: int) -> None:
         self._sums[kind] += difference
-        self.changes.append(Change(self._number, self.phase, kind, difference))
+        if not self._over:
+            self.changes.append(Change(self._number, self.phase, kind, difference))
 
     def _change(self, kind: Kind, difference: int) -> None:
         self._count(kind, difference)
@@ -220,6 +227,8 @@ class StepTrace(TorchDispatchMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if operator is _DEVICE_OF and type(args[0]) is FakeTensor:
+            return args[0].fake_device  # asked for more often than all operations together
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its own operations on the shards come back here
         kwargs = kwargs or {}
@@ -229,32 +238,43 @@ class StepTrace(TorchDispatchMode):
         except (DataDependentOutputException, DynamicOutputShapeException):
             result = assume(operator, args, kwargs)
             self.assumptions.add(operator.name())
-        if operator._overloadpacket is torch.ops.aten.all:
-            suppose(result)
+        carry_on(operator, args, result)
         self._number += 1
         kind = "communication" if operator.namespace in _COMMUNICATION else _KINDS_OF_PHASES[self.phase]
-        for tensor in tree_leaves(result):
+        outputs = list(tensors_in(result))
+        for tensor in outputs:
             for storage in storages(tensor):
                 if storage._cdata not in self._held:
                     self._follow(storage, kind)
+        if operator.namespace in _IN_PLACE:
+            self._note_buffers([*outputs, *tensors_in(kwargs.get("out", ()))])
         if operator.namespace in _COMMUNICATION[:2]:
-            self._note_transfer(operator, args, result)
+            self._note_transfer(operator, args, outputs)
         else:
-            self._note_operation(operator, args, kwargs, result)
+            self._note_operation(operator, args, kwargs, result, outputs)
         return result
 
-    def _note_transfer(self, operator: Any, args: tuple[Any, ...], result: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor)]
+    def _note_buffers(self, written: list[Tensor]) -> None:
+        """Note what was sent or gathered into, which was made like any other tensor."""
+        for tensor in written:
+            for storage in storages(tensor):
+                known = self._held.get(storage._cdata)
+                if known is not None and known.kind in _KINDS_OF_PHASES.values():
+                    self.note([tensor], "communication")
+
+    def _note_transfer(self, operator: Any, args: tuple[Any, ...], outputs: list[Tensor]) -> None:
+        tensors = [*tensors_in(args), *outputs]
         sizes = [size for argument in args if (size := _group_size(argument))]
         if tensors and sizes:
             size = max(tensor.nbytes for tensor in tensors)
             self.transfers[Transfer(operator._overloadpacket.__name__, self.phase, size, sizes[0])] += 1
 
-    def _note_operation(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    def _note_operation(
+        self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, outputs: list[Tensor]
+    ) -> None:
+        inputs = [*tensors_in(args), *tensors_in(kwargs)]
         known = {storage._cdata for tensor in inputs for storage in storages(tensor)}
-        made = [tensor for tensor in outputs if not known & {storage._cdata for storage in storages(tensor)}]
+        made = [tensor for tensor in outputs if known.isdisjoint(storage._cdata for storage in storages(tensor))]
         flops = count_flops(operator, args, kwargs, result)
         in_place = operator._schema.is_mutable
         if not flops and not made and not in_place:
@@ -270,6 +290,10 @@ class StepTrace(TorchDispatchMode):
 
 def storages(tensor: Any) -> Iterator[torch.UntypedStorage]:
     """Yield what a tensor's values lie in on this process: of a DTensor its shard, of a subclass its parts."""
+    if type(tensor) is FakeTensor:  # most of them, whose layout and device take Python's time
+        if not tensor.is_sparse:
+            yield tensor.untyped_storage()
+        return
     if isinstance(tensor, DTensor):
         tensor = tensor._local_tensor
     if not isinstance(tensor, Tensor):
@@ -279,6 +303,18 @@ def storages(tensor: Any) -> Iterator[torch.UntypedStorage]:
             yield from storages(getattr(tensor, name))
     elif tensor.layout is torch.strided and tensor.device.type != "meta":
         yield tensor.untyped_storage()
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in an operation's arguments or result, in time that counts: a step has thousands of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_in(part)
 
 
 def _group_size(argument: Any) -> int:

@@ -1,0 +1,151 @@
+"""Networks trained as the programs did whose measurements were published, for the planner to plan."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.optim import AdamW, Optimizer
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lightning_bigmodels.tasks import Task
+
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+class Tokens(LightningDataModule):
+    """Batches of token numbers."""
+
+    def __init__(self, length: int, classes: int | None = None) -> None:
+        super().__init__()
+        self.length, self.classes = length, classes
+
+    def example_batch(self, batch_size: int) -> dict[str, Tensor]:
+        ids = torch.zeros(batch_size, self.length, dtype=torch.int64)
+        labels = ids.clone() if self.classes is None else torch.zeros(batch_size, dtype=torch.int64)
+        return {"input_ids": ids, "labels": labels}
+
+
+def adamw(fused: bool, keep: bool) -> Callable[[Any], Optimizer]:
+    """Return what makes an AdamW that lets go of gradients after each update, as hand-written loops do, unless `keep`.
+
+    Lightning lets go of them before the next backward pass.
+    """
+
+    def make(parameters: Any) -> Optimizer:
+        optimizer = AdamW(parameters, fused=True) if fused else AdamW(parameters)
+        if not keep:
+            optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+        return optimizer
+
+    return make
+
+
+class Published(Task):
+    """A network of transformers with its whole logits at once, sharded and checkpointed as torchtitan does.
+
+    Args:
+        architecture: Model type in transformers.
+        config: Its configuration.
+        checkpointing: `none`, `full`, `layer` (every second block) or `operation` (within each block every second
+            product and attention are kept).
+        compile: Whether the blocks are compiled.
+        loss: `plain`, `compiled`, which keeps the logits in their own format alone, or `chunked`, which does so for an
+            eighth of them at a time.
+        fused_optimizer: Whether AdamW is one kernel.
+        keep_gradients: Whether gradients are set to zero, as torch 1 did, instead of let go of.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        config: dict[str, Any],
+        checkpointing: str = "none",
+        compile: bool = False,
+        loss: str = "plain",
+        fused_optimizer: bool = True,
+        keep_gradients: bool = False,
+    ) -> None:
+        super().__init__(optimizer=adamw(fused_optimizer, keep_gradients), compile=compile)
+        self.architecture, self.config, self.checkpointing = architecture, config, checkpointing
+        self.activation_checkpointing = checkpointing != "none"
+        self.loss, self.keep_gradients = loss, keep_gradients
+
+    def build_network(self) -> nn.Module:
+        config = AutoConfig.for_model(self.architecture, use_cache=False, **self.config)
+        auto = AutoModelForSequenceClassification if self.architecture == "bert" else AutoModelForCausalLM
+        network = auto.from_config(config, dtype=torch.get_default_dtype())
+        self.network = network
+        every = {"none": 0, "layer": 2}.get(self.checkpointing, 1)
+        for number, block in enumerate(self.blocks()):
+            if every and number % every == 0:
+                contexts = {"context_fn": _every_second_product} if self.checkpointing == "operation" else {}
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+        return network
+
+    def blocks(self) -> list[nn.Module]:
+        names = set(self.network._no_split_modules or ())
+        return [module for module in self.network.modules() if type(module).__name__ in names]
+
+    def configure_model(self) -> None:
+        if self.device_mesh is None:
+            super().configure_model()
+            return
+        if self.network is not None:
+            return
+        network = self.build_network()
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options = {"mesh": self.device_mesh["data_parallel"], "mp_policy": policy}
+        parts = [*self.blocks(), network.get_input_embeddings(), network.get_output_embeddings()]
+        for part in parts:
+            fully_shard(part, **options)
+        fully_shard(network, **options)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=not self.keep_gradients)
+
+    def step(self, phase: Any, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch["labels"].flatten()
+        if self.loss == "plain":
+            return _cross_entropy(self.network(input_ids=batch["input_ids"]).logits.flatten(0, -2), labels)
+        logits = self.network(input_ids=batch["input_ids"]).logits.flatten(0, -2)
+        chunks = 8 if self.loss == "chunked" else 1
+        parts = zip(logits.chunk(chunks), labels.chunk(chunks), strict=True)
+        losses = [_FusedCrossEntropy.apply(rows, targets) for rows, targets in parts]
+        return torch.stack(losses).mean()
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels)
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    """Reads, writes and keeps what a compiled loss does; its values are none."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.sum(dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * gradients[0].to(ctx.saved_tensors[0].dtype), None
+
+
+def _every_second_product() -> Any:
+    counts = {True: 0, False: 0}
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operator is torch.ops.aten.mm.default:
+            counts[context.is_recompute] += 1
+            kept = counts[context.is_recompute] % 2 == 1
+        else:
+            kept = operator is _ATTENTION
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

@@ -1,0 +1,97 @@
+"""The time of steps whose parts can be summed by hand."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lightning_bigmodels.planner.hardware import Hardware
+from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.timing import estimate_time
+from lightning_bigmodels.planner.trace import Operation, Transfer
+
+PEAKS = {torch.float32: 1e13, torch.bfloat16: 1e14, torch.float16: 2e14}
+DEVICE = Hardware("device", 2**34, 1e12, PEAKS, 5e13, 0.5, 0.25, 1e11, 1e10, "made up")
+
+
+def traced(*operations, transfers=()):
+    return SimpleNamespace(operations=Counter(dict(operations)), transfers=Counter(dict(transfers)))
+
+
+def product(phase, dtype=torch.bfloat16, flops=10**13):
+    return Operation("aten::mm", phase, flops, 10**6, dtype)
+
+
+def test_products_take_their_arithmetic_and_copies_their_traffic():
+    copy = Operation("aten::mul.Tensor", "forward", 0, 8 * 10**9, torch.bfloat16)
+    trace = traced((product("forward"), 1), (product("backward"), 2), (copy, 10))
+    step = estimate_time(trace, Setting(precision="bf16-mixed"), DEVICE)
+    # 3e13 at half of 1e14, and 8e10 bytes at 0.8 of 1e12
+    assert step.parts == pytest.approx({"compute": 0.6, "memory": 0.1, "network": 0.0, "launches": 0.0})
+    assert (step.seconds, step.bound, step.flops) == (pytest.approx(0.7), "compute", 3e13)
+    assert step.model_flops == 3e13
+    assert step.mfu == pytest.approx(3e13 / 0.7 / 1e14)
+    fused = estimate_time(trace, Setting(precision="bf16-mixed"), DEVICE, compiled=True)
+    assert fused.parts["memory"] == pytest.approx(0.035)
+    exact = estimate_time(traced((product("forward", torch.float32), 1)), Setting(), DEVICE)
+    assert exact.seconds == pytest.approx(2.0)
+
+
+def test_half_precision_is_traced_in_bfloat16():
+    trace = traced((product("forward"), 1))
+    assert estimate_time(trace, Setting(precision="16-mixed"), DEVICE).seconds == pytest.approx(0.1)
+
+
+def test_causal_attention_leaves_out_half_and_small_operations_wait_to_be_started():
+    attention = Operation(
+        "aten::_scaled_dot_product_flash_attention", "forward", 10**13, 10**6, torch.bfloat16, 5 * 10**12
+    )
+    small = Operation("aten::add.Tensor", "update", 0, 100, torch.float32)
+    nothing = Operation("aten::empty.memory_format", "forward", 0, 10**12, None)
+    step = estimate_time(traced((attention, 1), (small, 1000), (nothing, 5)), Setting(precision="bf16-true"), DEVICE)
+    assert step.parts == pytest.approx({"compute": 0.2, "memory": 0.0, "network": 0.0, "launches": 0.005})
+    assert step.model_flops == 3e13
+
+
+def test_accumulation_repeats_all_but_the_update():
+    small = Operation("aten::lerp_", "update", 0, 8 * 10**10, torch.float32)
+    trace = traced((product("forward"), 2), (small, 1))
+    step = estimate_time(trace, Setting(accumulate_grad_batches=6, precision="bf16-mixed"), DEVICE)
+    assert step.parts["compute"] == pytest.approx(6 * 0.2)
+    assert step.parts["memory"] == pytest.approx(0.1)
+
+
+def test_gradients_are_sent_beside_the_computing():
+    gathered = Transfer("_allgather_base_", "forward", 16 * 10**9, 16)
+    computing = product("forward", flops=10**14)
+    setting = Setting("fsdp2", "bf16-true", devices=8, num_nodes=2)
+    trace = traced((computing, 1), transfers=((gathered, 4),))
+    step = estimate_time(trace, setting, DEVICE)
+    # 15/16 of it over 8 adapters of 1e10, at three quarters; one of the four is waited for
+    one = 15 * 10**9 / 6e10
+    assert step.sending == pytest.approx(4 * one, rel=0.01)
+    assert step.parts["network"] == pytest.approx(one, rel=0.01)
+    alone = estimate_time(traced(transfers=((gathered, 4),)), setting, DEVICE)
+    assert (alone.bound, alone.seconds) == ("network", pytest.approx(4 * one, rel=0.01))
+    within = estimate_time(
+        traced(transfers=((gathered._replace(processes=8), 4),)), Setting("fsdp2", devices=8), DEVICE
+    )
+    assert within.seconds == pytest.approx(4 * 14 * 10**9 / 7.5e10, rel=0.01)
+
+
+def test_layers_wait_for_tensor_parallelism_and_one_adapter_serves_each_ring_of_the_data():
+    summed = Transfer("all_reduce", "forward", 8 * 10**9, 8)
+    gathered = Transfer("_allgather_base_", "forward", 2 * 10**9, 2)
+    setting = Setting("fsdp2_tp8", "bf16-true", devices=8, num_nodes=2)
+    step = estimate_time(traced((product("forward"), 100), transfers=((summed, 1),)), setting, DEVICE)
+    assert step.parts["network"] == pytest.approx(2 * 7 * 10**9 / 7.5e10, rel=0.01)  # twice round, within the node
+    step = estimate_time(traced(transfers=((gathered, 1),)), setting, DEVICE)
+    assert step.parts["network"] == pytest.approx(10**9 / 7.5e9, rel=0.01)
+
+
+def test_copies_sum_gradients_once_for_all_batches():
+    bucket = Transfer("allreduce_", "backward", 10**9, 4)
+    trace = traced(transfers=((bucket, 2),))  # one for each of the two batches that are traced
+    step = estimate_time(trace, Setting("ddp", devices=4, accumulate_grad_batches=8), DEVICE)
+    assert step.sending == pytest.approx(2 * 0.75 * 10**9 / 7.5e10, rel=0.01)
