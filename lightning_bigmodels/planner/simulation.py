@@ -151,10 +151,11 @@ class _Batches(LightningDataModule):
 
 
 class _Watch(Callback):
-    """Tells the trace what the step is at, and which tensors are what."""
+    """Tells the trace what the step is at, and which tensors are what; the last step begins with `first_batch`."""
 
-    def __init__(self, trace: StepTrace, num_batches: int = 2, like_cuda: bool = False) -> None:
+    def __init__(self, trace: StepTrace, first_batch: int = 1, num_batches: int = 2, like_cuda: bool = False) -> None:
         self.trace = trace
+        self.first_batch = first_batch
         self.num_batches = num_batches
         self.like_cuda = like_cuda
 
@@ -167,11 +168,11 @@ class _Watch(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 1:
-            # Lightning steps behind the batches, counted from the first, that this divides
-            trainer.accumulate_grad_batches = self.num_batches
-        if batch_idx < 2:
+        if batch_idx <= self.first_batch:
             self.trace.restart()
+        if batch_idx == self.first_batch:
+            # Lightning steps behind those batches, counted from the run's first, that this divides
+            trainer.accumulate_grad_batches = self.num_batches
         self.trace.phase = "forward"
         self.trace.note(tree_leaves(batch), "inputs")
 
@@ -206,6 +207,9 @@ def simulate(
 ) -> StepTrace:
     """Run steps of a fit as rank 0 of all processes, and return what the second one costs.
 
+    Of steps that are not alike, such as those in which the generator of a GAN learns and does not, it is a second one
+    of the costliest.
+
     No tensor has memory and no other process is there, so that a network of any size on any number of processes takes
     seconds. Compiled networks are run as they are written, but hold what fused operations hold if `like_cuda`.
 
@@ -225,10 +229,11 @@ def simulate(
         model.uses_no_data = True
     if setting.activation_checkpointing is not None:
         model.activation_checkpointing = setting.activation_checkpointing  # type: ignore[assignment]
-    # in the first step the optimizer makes its state, for which one batch will do. In the second batch of a step
+    # in the first steps the optimizers make their state, for which one batch each will do. In the second batch of a step
     # gradients are there in the backward pass: more batches need no more memory
-    num_batches = 1 + min(2, setting.accumulate_grad_batches)
-    trainer = _trainer(setting, _Watch(trace, num_batches, like_cuda))
+    first_batch = 2 * getattr(model, "step_period", 1) - 1
+    num_batches = first_batch + min(2, setting.accumulate_grad_batches)
+    trainer = _trainer(setting, _Watch(trace, first_batch, num_batches, like_cuda))
     with ExitStack() as stack:
         stack.enter_context(_process_group(trainer.strategy, setting.world_size))
         stack.enter_context(torch.compiler.set_stance("force_eager"))

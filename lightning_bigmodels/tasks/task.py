@@ -50,6 +50,10 @@ class Task(ExactResume, ABC):
     """
 
     network: nn.Module | None
+    step_period = 1
+    """Steps after which they are alike again; the last of so many does all that any of them does."""
+    uses_no_data = False
+    """Whether steps run on `example_batch` alone: what is read or learned from data before them is made up."""
 
     @property
     def flops_per_batch(self) -> int | None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from lightning_bigmodels.data.captioned_images import CaptionedImages
 from lightning_bigmodels.data.vision.captioned import CaptionedPictures
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.modules.diffusion.text_denoisers import moments
+from lightning_bigmodels.modules.diffusion.text_parts import TextParts
 
 _BATCH = 16
 _VERSION = 1  # of the file's layout
@@ -119,3 +121,21 @@ class LatentCache:
                 content = part.digest(index)
             key.update(f"{name} {size} {content}\n".encode())
         return key.hexdigest()
+
+
+class MadeUpLatents:
+    """Latents of no pictures, for steps that are planned before there are any.
+
+    Args:
+        parts: What they are made for.
+        image_shape: Channels, height and width of a picture.
+        network: Its autoencoder would make the latents.
+    """
+
+    def __init__(self, parts: TextParts, image_shape: tuple[int, int, int], network: Any) -> None:
+        self._shape = parts.example_shape(image_shape, network.autoencoder)
+
+    def moments(self, indices: Tensor) -> Tensor:
+        """Return (B, 2 C, h, w) float32 zeros."""
+        channels, height, width = self._shape
+        return torch.zeros(len(indices), 2 * channels, height, width)

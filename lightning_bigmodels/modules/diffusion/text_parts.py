@@ -167,6 +167,13 @@ class TextParts:
         tokenizer.model_max_length = num_positions(config, max_tokens)
         return tokenizer
 
+    def made_up_tokenizer(self, max_tokens: int | None) -> PreTrainedTokenizerBase:
+        """Return a tokenizer that knows next to nothing, with rows of the right length, where nothing is to be read."""
+        config = self.encoder_config()
+        tokenizer = find_tokenizer(None, None, "", ["a picture"], config.vocab_size)
+        tokenizer.model_max_length = num_positions(config, max_tokens)
+        return tokenizer
+
     def cached_autoencoder(self) -> nn.Module:
         """Return the autoencoder by itself, as no strategy has split it.
 

@@ -18,7 +18,7 @@ from lightning_bigmodels.data.captioned_images import CaptionedImages
 from lightning_bigmodels.data.tokenizer import CHECKPOINT_KEY, tokenizer_from_files, tokenizer_to_files
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.exportable import LibraryFolder
-from lightning_bigmodels.modules.diffusion.latent_cache import LatentCache
+from lightning_bigmodels.modules.diffusion.latent_cache import LatentCache, MadeUpLatents
 from lightning_bigmodels.modules.diffusion.processes import build_process, denoising_losses
 from lightning_bigmodels.modules.diffusion.samplers import (
     DEFAULTS,
@@ -83,10 +83,10 @@ class TextToImage(PictureGeneration):
         sigma_min: Least noise of score matching, whose levels are a geometric row.
         sigma_max: Greatest noise of score matching.
         time_sampling: For flow matching uniform, or logit_normal: the middle of the path more often.
+        time_shift: For flow matching how far times move towards the noise, which decides what lies where; 1: not.
         min_snr_gamma: Where the weight of the loss stops growing with the signal-to-noise ratio; None: weight 1.
         caption_dropout: Part of the training pictures whose caption is not told, so that guidance can do without it.
-        guidance_scale: How far pictures go in the direction of their prompt: 1 as trained, more: clearer and less
-            various.
+        guidance_scale: How far pictures go in the direction of their prompt; 1: as trained; more: clearer, less varied.
         sampler: ddim, ddpm, dpm_solver, euler or euler_ancestral; for flow matching euler. None: ddim for ddpm, else
             euler.
         num_sampling_steps: How often the network is asked for a picture.
@@ -130,6 +130,7 @@ class TextToImage(PictureGeneration):
         sigma_min: float = 0.01,
         sigma_max: float = 50.0,
         time_sampling: str = "uniform",
+        time_shift: float = 1.0,
         min_snr_gamma: float | None = None,
         caption_dropout: float = 0.1,
         guidance_scale: float = 7.5,
@@ -159,7 +160,7 @@ class TextToImage(PictureGeneration):
         )
         self.parts.check()
         noise = (noise_schedule, num_train_timesteps, beta_start, beta_end, sigma_min, sigma_max)
-        self.process = build_process(process, prediction, *noise, time_sampling, min_snr_gamma)
+        self.process = build_process(process, prediction, *noise, time_sampling, min_snr_gamma, time_shift)
         self.sampling = Sampling(sampler or DEFAULTS[process], num_sampling_steps, guidance_scale)
         check_sampler(self.process, self.sampling.sampler, num_sampling_steps)
         if not 0 <= caption_dropout < 1:
@@ -173,7 +174,7 @@ class TextToImage(PictureGeneration):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         names = ["loss", *(f"loss_t{number}" for number in range(_BINS))]
         self.metrics = nn.ModuleDict({f"{phase}_{name}": MeanLoss() for phase in ("val", "test") for name in names})
-        self._latents: dict[str, LatentCache] = {}
+        self._latents: dict[str, LatentCache | MadeUpLatents] = {}
         self._told_of_cut = False
         self.save_hyperparameters()
 
@@ -211,7 +212,9 @@ class TextToImage(PictureGeneration):
                 "guidance_scale needs a network that also learned to do without captions; set caption_dropout above 0, "
                 "such as 0.1, or guidance_scale to 1"
             )
-        if self.tokenizer is None:
+        if self.tokenizer is None and self.uses_no_data:
+            self.tokenizer = self.parts.made_up_tokenizer(self.max_caption_tokens)
+        elif self.tokenizer is None:
             captions = data.captions if isinstance(data, CaptionedImages) else []
             self.tokenizer = self.parts.find_tokenizer(self.tokenizer_source, self.max_caption_tokens, captions)
 
@@ -263,6 +266,9 @@ class TextToImage(PictureGeneration):
         data = getattr(self.trainer, "datamodule", None)
         if self.latent_cache is None:
             return
+        if self.uses_no_data:
+            self._latents["train"] = MadeUpLatents(self.parts, self.image_shape, self.network)
+            return
         if not isinstance(data, CaptionedImages):
             raise InputError("latent_cache keeps latents of CaptionedImages; set it to null for other data")
         autoencoder = self.parts.cached_autoencoder().to(self.device)
@@ -279,10 +285,9 @@ class TextToImage(PictureGeneration):
     def step(self, phase: Phase, batch: CaptionBatch) -> Tensor:
         assert self.network is not None
         noise = self.noise(phase, batch["indices"])
-        tokens = self.caption_tokenizer()(batch["captions"], self.device)
-        ids, mask = tokens.ids, tokens.mask
+        ids, mask, cut = self.caption_tokenizer()(batch["captions"], self.device)
         if phase == "train":
-            self._count_cut(batch["captions"], tokens.cut)
+            self._count_cut(batch["captions"], cut)
             if self.caption_dropout:
                 empty = self.caption_tokenizer()([""], self.device)
                 untold = (noise.uniform() < self.caption_dropout)[:, None]
@@ -309,7 +314,7 @@ class TextToImage(PictureGeneration):
         """Return examples (B, C, h, w): pixels in [-1, 1], or latents drawn from their distribution."""
         assert self.network is not None
         autoencoder = self.network.autoencoder
-        if "images" not in batch:
+        if phase in self._latents:
             found = self._latents[phase].moments(batch["indices"].cpu()).to(self.device)
         else:
             pixels = batch["images"].float() / 127.5 - 1
@@ -346,13 +351,11 @@ class TextToImage(PictureGeneration):
             num_steps: How often the network is asked; None: `num_sampling_steps`.
         """
         assert self.network is not None
-        count = len(prompts)
-        if count == 0:
+        if not (count := len(prompts)):
             # a sharded network answers only to all processes
             prompts, seeds = [""], [0]
         guided = self.sampling.guidance_scale > 1
-        texts = [*[""] * len(prompts), *prompts] if guided else list(prompts)
-        tokens = self.caption_tokenizer()(texts, self.device)
+        tokens = self.caption_tokenizer()([*([""] * len(prompts) if guided else []), *prompts], self.device)
         states = self.network("states", tokens.ids, tokens.mask)
 
         def predict(noisy: Tensor, times: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Alternation(Task, ABC):
             raise InputError(f"discriminator_steps is {discriminator_steps}; set it to 1 or more")
         self.discriminator_optimizer = discriminator_optimizer or _default_optimizer
         self.discriminator_schedule = discriminator_schedule
-        self.discriminator_steps = discriminator_steps
+        self.discriminator_steps = self.step_period = discriminator_steps
         self.discriminator = None
         # what the generator is to learn from at the end of the step: places and classes, no pictures
         self._window: list[dict[str, Any]] = []
