@@ -10,6 +10,8 @@ from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner.simulation import Setting
 from lightning_bigmodels.strategies import CompressedDDPStrategy, FSDP2Strategy
 
+_AVERAGES = ("WeightAverage", "WeightAveraging")
+"""Callbacks that keep an average of the weights: this package's, and Lightning's with those made of it."""
 _NAMED_SIZES = (2, 4, 8)
 """Processes that split a layer for which there is a strategy with a name: fsdp2_tp2 and so on."""
 
@@ -31,6 +33,9 @@ def setting_of(trainer: pl.Trainer, datamodule: Any) -> Setting:
         batch_size=_batch_size(datamodule),
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         gradient_clip_val=_as_float(trainer.gradient_clip_val),
+        averages_weights=any(
+            kind.__name__ in _AVERAGES for callback in vars(trainer)["callbacks"] for kind in type(callback).__mro__
+        ),
     )
 
 
@@ -49,12 +54,13 @@ def setting_from_lines(lines: Mapping[str, Any], datamodule: Any) -> Setting:
     devices = _count_devices(lines.get("devices", "auto"))
     return Setting(
         strategy=strategy if isinstance(strategy, str) else _name_of_lines(strategy, devices),
-        precision=str(lines.get("precision") or "32-true"),
+        precision=_precision(lines.get("precision")),
         devices=devices,
         num_nodes=int(lines.get("num_nodes") or 1),
         batch_size=_batch_size(datamodule),
         accumulate_grad_batches=int(lines.get("accumulate_grad_batches") or 1),
         gradient_clip_val=_as_float(lines.get("gradient_clip_val")),
+        averages_weights=_averages(lines.get("callbacks")),
     )
 
 
@@ -138,6 +144,18 @@ def _name_of_split(size: Any, devices: int) -> str:
 
 def _name_of_compression(compression: str) -> str:
     return "ddp_powersgd" if compression == "powersgd" else f"ddp_{compression}_gradients"
+
+
+def _precision(name: Any) -> str:
+    """Return Lightning's name of a precision for any of its short ones."""
+    short = {"None": "32-true", "64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+    return short.get(str(name), str(name))
+
+
+def _averages(callbacks: Any) -> bool:
+    given = callbacks if isinstance(callbacks, list) else [callbacks]
+    paths = [str(callback.get("class_path")) for callback in given if isinstance(callback, Mapping)]
+    return any(path.endswith(_AVERAGES) for path in paths)
 
 
 def _batch_size(datamodule: Any) -> int:

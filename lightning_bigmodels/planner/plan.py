@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,7 @@ class Plan:
             "hardware": {"name": self.hardware.name, "memory": self.hardware.memory, "source": self.hardware.source},
             "memory": {
                 "kinds": dict(self.peak.held),
+                "workspace": room.allocated - self.peak.total,
                 "allocated": room.allocated,
                 "reserved": room.reserved,
                 "used": room.used,
@@ -181,7 +183,8 @@ def check_not_negative(**values: float | None) -> None:
 
 
 def _unit(datamodule: Any) -> tuple[str, int]:
-    tokens = datamodule.example_batch(1).get("input_ids")
+    batch = datamodule.example_batch(1)
+    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
     return ("samples", 1) if tokens is None else ("tokens", tokens.numel())
 
 

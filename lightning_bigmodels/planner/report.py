@@ -1,5 +1,6 @@
 """A plan as text: memory, the step, the run, the verdict and the changes that were tried."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from lightning_bigmodels.planner.plan import Length, Plan, kinds_of
@@ -9,7 +10,7 @@ from lightning_bigmodels.planner.simulation import Setting
 MIB, GIB = 2**20, 2**30
 _LEAST = 0.01
 """Share of a step's time that is worth a word."""
-_WIDTH = 17
+_WIDTH, _LINE = 17, 100
 _PHASES = {"forward": "the forward pass", "backward": "the backward pass", "update": "the optimizer's update"}
 
 
@@ -50,26 +51,30 @@ def verdict(plan: Plan) -> str:
     """Return one line that says whether it fits, by how much, and how sure that is."""
     room = plan.room
     uncertain = f"uncertain by {_gib(room.uncertainty)}"
-    if not room.fits:
-        return (
-            f"DOES NOT FIT: {_gib(-room.spare)} GiB too much, {uncertain}"
-            if room.spare < 0
-            else (f"MAY NOT FIT: {_gib(room.spare)} GiB to spare, {uncertain}")
-        )
-    return f"FITS: {_gib(room.spare)} GiB to spare, {uncertain}"
+    if room.spare < 0:
+        return f"DOES NOT FIT: {_gib(-room.spare)} GiB too much, {uncertain}"
+    return f"{'FITS' if room.fits else 'MAY NOT FIT'}: {_gib(room.spare)} GiB to spare, {uncertain}"
 
 
 def _memory(plan: Plan) -> list[str]:
     room, peak = plan.room, plan.peak
     digits = 2 if room.allocated >= GIB else 4
     place = f"in {_PHASES[peak.phase]}, {peak.name}, operation {peak.operation:,} of {plan.num_operations:,}"
-    rows = [(kind, peak.held.get(kind, 0), "") for kind in kinds_of(plan)]
-    rows += [
-        ("allocated", room.allocated, place),
-        ("reserved", room.reserved, "with what the allocator keeps"),
-        ("used", room.used, "with the driver's context and communication"),
-        ("of", plan.hardware.memory, plan.hardware.name),
-    ]
+    rows: list[tuple[str, int, str]] = [(kind, peak.held.get(kind, 0), "") for kind in kinds_of(plan)]
+    if room.allocated > peak.total:
+        rows.append(("workspace", room.allocated - peak.total, "of matrix products"))
+    rows.append(("allocated", room.allocated, place))
+    if plan.hardware.name == "cpu":
+        rows += [
+            ("used", room.used, "with the process itself"),
+            ("of", plan.hardware.memory, "available on this machine"),
+        ]
+    else:
+        rows += [
+            ("reserved", room.reserved, "with what the allocator keeps"),
+            ("used", room.used, "with the driver's context and communication"),
+            ("of", plan.hardware.memory, plan.hardware.name),
+        ]
     lines = ["Memory of a device at the step's peak, GiB"]
     return lines + [_row(name, _gib(size, digits), comment) for name, size, comment in rows]
 
@@ -98,7 +103,7 @@ def _step(plan: Plan) -> list[str]:
 
 def _run(plan: Plan, length: Length | None, price: float | None, hint: str | None) -> list[str]:
     if length is None:
-        return [hint] if hint else []
+        return textwrap.wrap(hint, _LINE) if hint else []
     lines = [f"Run of {length.steps:,} steps, {length.rows * plan.units_per_row:,} {plan.unit}"]
     lines.append(_row("hours", _hours(length.hours), "of training alone"))
     devices = plan.setting.world_size

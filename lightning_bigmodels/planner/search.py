@@ -16,7 +16,12 @@ _HELPS = 0.95
 """Share of the memory that is left with a change that is worth keeping, or less."""
 _DEVICES_OF_A_NODE = 8
 _MOST_PROCESSES = 4096
+_WITH_FLOAT32 = ("32-true", "16-mixed", "bf16-mixed")
 _SHARDED: tuple[Kind, ...] = ("parameters", "gradients", "optimizer state")
+
+
+_Change = Callable[[Setting], Setting | None]
+"""From a setting to one that needs less memory; None where that is not possible."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ def find_changes(plan: Plan, model: Any, replan: Callable[[Setting], Plan]) -> l
     """Return all changes that were tried, in this order; those that fit are among them, if any does.
 
     First each change alone: smaller batches and as many more of them, activation checkpointing, sharding. What is
-    learnt stays the same with them. If none of them fits, those that help are put together. If that is not enough,
-    numbers of fewer bits, layers split over devices and more devices come on top, in this order.
+    learnt stays the same with them. If none of them fits, those that help are put together. If that is not enough, one
+    of these comes on top, or all: mixed precision, layers split over devices, more devices, weights of 16 bits.
 
     Args:
         plan: One that does not fit.
@@ -75,7 +80,7 @@ class _Search:
     def run(self) -> None:
         start = self._first.setting
         self._largest_batch(start)
-        helpful = []
+        helpful: list[_Change] = []
         for change in (self._checkpoint, _shard):
             setting = change(start)
             if self._has_found(_ENOUGH) or setting is None:
@@ -86,21 +91,31 @@ class _Search:
         if not self._has_found(1):
             self._combine(start, helpful)
 
-    def _combine(self, setting: Setting, changes: list[Callable[[Setting], Setting | None]]) -> None:
+    def _combine(self, setting: Setting, changes: list[_Change]) -> None:
         for change in changes:
             setting = change(setting) or setting
         if setting != self._first.setting and self._largest_batch(setting):
             return
-        for change in (_lower_precision, _split, self._spread):
-            while (changed := change(setting)) is not None:
-                plan = self._try(self._with_batch(changed, 1))
-                if plan is not None and plan.room.fits:
-                    self._largest_batch(changed)
-                    return
-                before = self._plans.get(self._with_batch(setting, 1))
-                if plan is None or before is None or plan.room.used >= _HELPS * before.room.used:
-                    break
-                setting = changed
+        ways = (_mix_precision, _split, self._spread, _lower_precision)
+        for change in ways:
+            if not self._has_found(_ENOUGH):
+                self._climb(setting, change)
+        for change in ways:
+            if not self._has_found(1):
+                setting = self._climb(setting, change)
+
+    def _climb(self, setting: Setting, change: _Change) -> Setting:
+        """Apply a change as often as it helps and is needed, with one row at a time; return how far that went."""
+        while (changed := change(setting)) is not None:
+            plan = self._try(self._with_batch(changed, 1))
+            before = self._plans.get(self._with_batch(setting, 1))
+            if plan is not None and plan.room.fits:
+                self._largest_batch(changed)
+                return changed
+            if plan is None or before is None or plan.room.used >= _HELPS * before.room.used:
+                break
+            setting = changed
+        return setting
 
     def _try(self, setting: Setting) -> Plan | None:
         if setting not in self._plans:
@@ -149,17 +164,19 @@ class _Search:
         return replace(setting, activation_checkpointing=True)
 
     def _spread(self, setting: Setting) -> Setting | None:
-        """Return the setting on as many devices as state would need that is divided among them."""
+        """Return the setting on more devices, at most as many as state would need that is divided among them."""
         plan = self._plans.get(self._with_batch(setting, 1))
         if plan is None:
             return None
-        state = sum(plan.peak.held.get(kind, 0) for kind in _SHARDED)
+        # what the allocator keeps shrinks with what it is asked for
+        state = sum(plan.peak.held.get(kind, 0) for kind in _SHARDED) * plan.room.used / max(1, plan.room.allocated)
         missing = plan.room.uncertainty - plan.room.spare
         factor = 2
         while factor * setting.world_size <= _MOST_PROCESSES and state * (1 - 1 / factor) < missing:
             factor *= 2
         if factor * setting.world_size > _MOST_PROCESSES:
             return None
+        factor = max(2, factor // 4)
         devices = min(factor * setting.devices, max(_DEVICES_OF_A_NODE, setting.devices))
         num_nodes = -(-factor * setting.world_size // devices)
         spread = replace(setting, devices=devices, num_nodes=num_nodes)
@@ -174,9 +191,12 @@ def _shard(setting: Setting) -> Setting | None:
     return replace(setting, strategy="fsdp2")
 
 
+def _mix_precision(setting: Setting) -> Setting | None:
+    return replace(setting, precision="bf16-mixed") if setting.precision == "32-true" else None
+
+
 def _lower_precision(setting: Setting) -> Setting | None:
-    lower = {"32-true": "bf16-mixed", "bf16-mixed": "bf16-true", "16-mixed": "bf16-true"}.get(setting.precision)
-    return None if lower is None else replace(setting, precision=lower)
+    return replace(setting, precision="bf16-true") if setting.precision in _WITH_FLOAT32 else None
 
 
 def _split(setting: Setting) -> Setting | None:

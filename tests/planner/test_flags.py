@@ -2,6 +2,7 @@
 
 import pytest
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_bigmodels.errors import InputError
@@ -37,6 +38,15 @@ def test_lines_count_devices(devices, number):
     lines = {"devices": devices, "num_nodes": 2, "precision": "16-mixed", "accumulate_grad_batches": 3}
     found = setting_from_lines({**lines, "gradient_clip_val": 1}, ToyData(batch_size=5))
     assert found == Setting("auto", "16-mixed", number, 2, 5, 3, 1.0)
+    callbacks = [{"class_path": "Throughput"}, {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]
+    assert setting_from_lines({"devices": devices, "callbacks": callbacks}, ToyData()).averages_weights
+    assert not setting_from_lines({"devices": devices, "callbacks": callbacks[:1]}, ToyData()).averages_weights
+
+
+def test_short_names_of_a_precision_are_long_ones():
+    given = (None, 16, "bf16", "32", "bf16-true", "transformer-engine")
+    found = [setting_from_lines({"precision": name}, ToyData()).precision for name in given]
+    assert found == ["32-true", "16-mixed", "bf16-mixed", "32-true", "bf16-true", "transformer-engine"]
 
 
 @pytest.mark.parametrize("devices", [0, "none", []])
@@ -67,9 +77,10 @@ def test_a_trainer_is_a_setting(strategy, name):
         gradient_clip_val=0.5,
         logger=False,
         enable_checkpointing=False,
+        callbacks=[EMAWeightAveraging()] if name == "ddp" else [],
     )
     found = setting_of(trainer, ToyData())
-    assert found == Setting(name, "32-true", trainer.num_devices, 1, 4, 2, 0.5)
+    assert found == Setting(name, "32-true", trainer.num_devices, 1, 4, 2, 0.5, averages_weights=name == "ddp")
     # the processes that split a layer see the same rows
     assert replicas(found) == {"auto": 1, "fsdp2_tp2": 2}.get(name, 4)
 

