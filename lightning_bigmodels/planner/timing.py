@@ -101,7 +101,8 @@ def _operation_time(operation: Operation, hardware: Hardware, compiled: bool, ha
     fused = compiled and elementwise and operation.phase != "update"
     attention = "attention" in operation.name
     dtype = torch.float16 if half and operation.dtype == torch.bfloat16 else operation.dtype
-    peak = hardware.flops_of(dtype) * (hardware.attention_efficiency if attention else hardware.product_efficiency)
+    peak = hardware.tf32_flops if dtype == torch.float32 and _in_tf32(operation.name) else hardware.flops_of(dtype)
+    peak *= hardware.attention_efficiency if attention else hardware.product_efficiency
     times: dict[Bound, float] = {
         "compute": (operation.flops - operation.skipped) / peak,
         "memory": operation.traffic
@@ -112,6 +113,13 @@ def _operation_time(operation: Operation, hardware: Hardware, compiled: bool, ha
     }
     bound = max(times, key=lambda name: times[name])
     return bound, times[bound]
+
+
+def _in_tf32(name: str) -> bool:
+    """Whether float32 products may be computed in TF32: of convolutions by default, of matrices if torch is told so."""
+    if "convolution" in name:
+        return torch.backends.cudnn.allow_tf32
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def _sending_time(

@@ -34,8 +34,13 @@ def test_products_take_their_arithmetic_and_copies_their_traffic():
     assert step.mfu == pytest.approx(3e13 / 0.7 / 1e14)
     fused = estimate_time(trace, Setting(precision="bf16-mixed"), DEVICE, compiled=True)
     assert fused.parts["memory"] == pytest.approx(0.035)
-    exact = estimate_time(traced((product("forward", torch.float32), 1)), Setting(), DEVICE)
-    assert exact.seconds == pytest.approx(2.0)
+
+
+def test_float32_is_exact_but_for_convolutions():
+    matrices = traced((product("forward", torch.float32), 1))
+    assert estimate_time(matrices, Setting(), DEVICE).seconds == pytest.approx(2.0)
+    filters = traced((product("forward", torch.float32)._replace(name="aten::convolution"), 1))
+    assert estimate_time(filters, Setting(), DEVICE).seconds == pytest.approx(0.4)
 
 
 def test_half_precision_is_traced_in_bfloat16():
