@@ -21,6 +21,12 @@ _FUSED_TRAFFIC = 0.35
 """Of the traffic of element-wise operations that compiled code is left with: norms, rotations and gates of Llama's
 blocks read and write each tensor about three times as often one by one. With it and the memory's efficiency, the
 efficiency of products was set: see the table of hardware."""
+_CONVOLUTIONS = 0.6
+"""Of the efficiency of products; set by RN50-A100-AMP of tests/benchmarks/planner_rows.csv."""
+_PLAIN_FLOAT32 = 0.75
+"""Of the peak of float32 products without tensor cores, which are easier kept busy; set by RN50-V100-FP32 and HF-BERT-1 there."""
+_PASSES = {"aten::native_batch_norm": 3 / 2, "aten::native_batch_norm_backward": 5 / 3}
+"""Traffic of what reads its inputs twice, first for sums over the batch, to that of reading each once."""
 _LINK_EFFICIENCY = 0.75
 """Of the bandwidth in data sheets that rings of NCCL reach, an assumption after reports of nccl-tests."""
 _LATENCY_SECONDS = 2e-5
@@ -99,20 +105,29 @@ def _operation_time(operation: Operation, hardware: Hardware, compiled: bool, ha
         return "launches", 0.0
     elementwise = operation.flops == 0
     fused = compiled and elementwise and operation.phase != "update"
-    attention = "attention" in operation.name
     dtype = torch.float16 if half and operation.dtype == torch.bfloat16 else operation.dtype
-    peak = hardware.tf32_flops if dtype == torch.float32 and _in_tf32(operation.name) else hardware.flops_of(dtype)
-    peak *= hardware.attention_efficiency if attention else hardware.product_efficiency
+    peak = _reached_flops(operation.name, dtype, hardware)
+    traffic = operation.traffic * _PASSES.get(operation.name, 1.0) * (_FUSED_TRAFFIC if fused else 1.0)
     times: dict[Bound, float] = {
         "compute": (operation.flops - operation.skipped) / peak,
-        "memory": operation.traffic
-        * (_FUSED_TRAFFIC if fused else 1.0)
-        / hardware.memory_bandwidth
-        / _MEMORY_EFFICIENCY,
+        "memory": traffic / hardware.memory_bandwidth / _MEMORY_EFFICIENCY,
         "launches": 0.0 if fused or hardware.name == "cpu" else _LAUNCH_SECONDS,
     }
     bound = max(times, key=lambda name: times[name])
     return bound, times[bound]
+
+
+def _reached_flops(name: str, dtype: torch.dtype | None, hardware: Hardware) -> float:
+    """Return the operations per second of a product, convolution or attention, as long as memory keeps up."""
+    if dtype == torch.float32 and _in_tf32(name) and hardware.tf32_flops > hardware.flops_of(dtype):
+        peak = hardware.tf32_flops
+    else:
+        peak = hardware.flops_of(dtype)
+        if peak == hardware.flops_of(torch.float32) and hardware.name != "cpu":
+            return peak * _PLAIN_FLOAT32
+    if "attention" in name:
+        return peak * hardware.attention_efficiency
+    return peak * hardware.product_efficiency * (_CONVOLUTIONS if "convolution" in name else 1.0)
 
 
 def _in_tf32(name: str) -> bool:

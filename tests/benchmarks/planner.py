@@ -1,7 +1,8 @@
 """The planner against published measurements: `python tests/benchmarks/planner.py`.
 
 Every row of planner_rows.csv is a run that somebody else has measured and that this package's strategies can express.
-The planner traces it as rank 0 of all its processes, and its memory and speed are printed beside the published ones.
+The planner traces it as rank 0 of all its processes, and its memory and speed, in tokens or pictures per second of a
+device, are printed beside the published ones.
 Which rows have set constants of the planner stands in the columns `time_use` and `memory_use`: the summary parts them
 from those that it was only compared with. What was left out, of the 80 measurements that were collected, and why, is
 printed with `--left_out`.
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 from published import Published, Tokens
 
+from lightning_bigmodels import ImageClassifier, Images
 from lightning_bigmodels.planner.hardware import Hardware, find_hardware
 from lightning_bigmodels.planner.room import Room, estimate_room
 from lightning_bigmodels.planner.simulation import Setting, simulate
@@ -73,7 +75,7 @@ class Prediction(NamedTuple):
     row: dict[str, str]
     room: Room
     time: StepTime
-    tokens_per_second: float
+    units_per_second: float
 
     @property
     def memory(self) -> float:
@@ -90,8 +92,8 @@ class Prediction(NamedTuple):
     @property
     def time_error(self) -> float | None:
         """Error of the time, not of its inverse."""
-        published = self.row["tokens_per_s"]
-        return float(published) / self.tokens_per_second - 1 if published else None
+        published = self.row["units_per_s"]
+        return float(published) / self.units_per_second - 1 if published else None
 
 
 def setting_of(row: dict[str, str]) -> Setting:
@@ -106,6 +108,10 @@ def setting_of(row: dict[str, str]) -> Setting:
 
 
 def trace_of(row: dict[str, str]) -> Any:
+    if row["network"] == "resnet50":
+        classifier = ImageClassifier("resnet50", num_classes=1000, channels=3, image_size=int(row["length"]))
+        pictures = Images("sklearn-digits", image_size=int(row["length"]), channels=3)
+        return simulate(classifier, pictures, setting_of(row), BLOCK, like_cuda=True)
     architecture, config = NETWORKS[row["network"]]
     model = Published(
         architecture,
@@ -123,20 +129,21 @@ def trace_of(row: dict[str, str]) -> Any:
 def predict(row: dict[str, str], trace: Any, hardware: Hardware) -> Prediction:
     setting = setting_of(row)
     step = estimate_time(trace, setting, hardware, compiled=row["compile"] == "yes")
-    tokens = setting.batch_size * setting.accumulate_grad_batches * int(row["length"])
-    return Prediction(row, estimate_room(trace, setting, hardware), step, tokens / step.seconds)
+    units = 1 if row["network"] == "resnet50" else int(row["length"])
+    units *= setting.batch_size * setting.accumulate_grad_batches
+    return Prediction(row, estimate_room(trace, setting, hardware), step, units / step.seconds)
 
 
 def print_table(predictions: list[Prediction]) -> None:
     print(f"{'row':<20}{'memory':>10}{'published':>11}{'error':>8}  {'kind':<10}{'fits':<5}", end="")
-    print(f"{'tokens/s':>9}{'published':>11}{'error of time':>15}  bound by")
+    print(f"{'units/s':>9}{'published':>11}{'error of time':>15}  bound by")
     for each in predictions:
         row = each.row
         memory, seconds = each.memory_error, each.time_error
         print(
             f"{row['id']:<20}{each.memory:>10.2f}{row['memory_gib'] or '-':>11}{_percent(memory):>8}  "
             f"{row['memory_kind'] or '-':<10}{'yes' if each.room.fits else 'no':<5}"
-            f"{each.tokens_per_second:>9.0f}{row['tokens_per_s'] or '-':>11}{_percent(seconds):>15}  {each.time.bound}"
+            f"{each.units_per_second:>9.0f}{row['units_per_s'] or '-':>11}{_percent(seconds):>15}  {each.time.bound}"
         )
 
 
