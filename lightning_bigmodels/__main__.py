@@ -21,6 +21,7 @@ VERBS = {
     "consolidate": "turn a sharded checkpoint into one file",
     "plan": "tell memory, time and cost of a training before it runs",
     "batch-size": "find the largest batch that fits into memory on all processes",
+    "advise": "look at your data and name the recipes that suit them",
     "recipes": "list the recipes that --config takes by name",
 }
 
@@ -91,6 +92,8 @@ def _run(argv: list[str]) -> int:
         _recipes(rest)
     elif verb == "consolidate":
         _consolidate(rest)
+    elif verb == "advise":
+        _advise(rest)
     elif verb.startswith("-"):
         raise InputError(f"{verb} comes before the verb; write: bigmodels fit {verb} ... (verbs: {', '.join(VERBS)})")
     elif verb not in VERBS:
@@ -133,6 +136,19 @@ def _consolidate(arguments: list[str]) -> None:
     from lightning_bigmodels.strategies.checkpoint_io import consolidate
 
     print(f"consolidated to {consolidate(given.checkpoint, given.output)}", flush=True)
+
+
+def _advise(arguments: list[str]) -> None:
+    from lightning_bigmodels.advice.arguments import HELP as ADVISE_HELP
+    from lightning_bigmodels.advice.arguments import parse
+
+    if "-h" in arguments or "--help" in arguments:
+        print(ADVISE_HELP, end="", flush=True)
+        return
+    given = parse(arguments)
+    from lightning_bigmodels.cli_advise import advise
+
+    advise(given)
 
 
 def _one_line(error: InputError | RunError) -> str:

@@ -57,14 +57,14 @@ def test_recipes_are_aligned(capsys, monkeypatch):
         (["fti"], "'fti' is not a verb of bigmodels; did you mean 'fit'?"),
         (
             ["xyz"],
-            "'xyz' is not a verb of bigmodels; known: batch-size, check, consolidate, explain, export, fit, plan, "
-            "predict, prepare, recipes, test, validate",
+            "'xyz' is not a verb of bigmodels; known: advise, batch-size, check, consolidate, explain, export, fit, "
+            "plan, predict, prepare, recipes, test, validate",
         ),
         (
             ["--config", "x"],
             "--config comes before the verb; write: bigmodels fit --config ... "
             "(verbs: fit, validate, test, predict, explain, export, check, prepare, consolidate, plan, "
-            "batch-size, recipes)",
+            "batch-size, advise, recipes)",
         ),
         (["recipes", "text"], "'bigmodels recipes' takes no argument, got 'text'"),
     ],

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,6 +45,34 @@ def read_numbered(path: Path, column: str, encoding: str) -> Iterator[tuple[int,
             yield from _json_rows(path, stream, column, encoding)
         else:
             yield 0, _decode(stream.read(), path, encoding)
+
+
+def first_rows(path: Path, count: int, encoding: str = "utf-8") -> list[dict[str, Any]]:
+    """Return the first rows of a `.jsonl` or `.parquet` file, for a look at what columns it has.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
+    if kind(path) == ".parquet":
+        with _reading_parquet(path) as file:
+            return next((batch.to_pylist() for batch in file.iter_batches(batch_size=count)), [])
+    rows: list[dict[str, Any]] = []
+    with _reading(path), _open(path) as stream:
+        for number, line in enumerate(islice(stream, count), start=1):
+            text = _decode(line, path, encoding, number)
+            if text.strip():
+                rows.append(_json_object(text, f"{path}, line {number}"))
+    return rows
+
+
+def num_rows(path: Path) -> int:
+    """Return the number of rows of a `.parquet` file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with _reading_parquet(path) as file:
+        return file.metadata.num_rows
 
 
 @contextmanager
@@ -130,34 +159,45 @@ def _json_row(path: Path, line: bytes, number: int, offset: int, column: str, en
     place = f"{path}, line {number}"
     if not text.strip():
         return None
+    row = _json_object(text, place)
+    if column not in row:
+        raise InputError(f"{place}: no column {column!r}{near(column, row)}; set `column` to the one with the text")
+    return checked(row[column], place, column)
+
+
+def _json_object(text: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{place}: {error.msg} at column {error.colno}; write one JSON object per line") from error
     if not isinstance(row, dict):
         raise InputError(f"{place}: a {type(row).__name__}, not an object; write one JSON object per line")
-    if column not in row:
-        raise InputError(f"{place}: no column {column!r}{near(column, row)}; set `column` to the one with the text")
-    return checked(row[column], place, column)
+    return row
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[str]:
+    with _reading_parquet(path) as file:
+        names = file.schema_arrow.names
+        if column not in names:
+            raise InputError(
+                f"{path}: no column {column!r}{near(column, names)}; set `column` to the one with the text"
+            )
+        number = 0
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield checked(value, f"{path}, row {number}", column)
+                number += 1
+
+
+@contextmanager
+def _reading_parquet(path: Path) -> Iterator[Any]:
     require("pyarrow", extra="parquet")
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise InputError(
-                    f"{path}: no column {column!r}{near(column, names)}; set `column` to the one with the text"
-                )
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    yield checked(value, f"{path}, row {number}", column)
-                    number += 1
+            yield file
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a readable Parquet file: {error}; fetch or write it again") from error
 

@@ -1,0 +1,1 @@
+"""Which recipe suits some data: what the data are, what each recipe is for, and the command that runs it on them."""
