@@ -14,7 +14,7 @@ SIZE = 32
 
 class Contract(contract.Contract):
     metric = "val_mean_iou"
-    steps = 160
+    steps = 100
     short_steps = 6
     uneven_batch_size = 3
 

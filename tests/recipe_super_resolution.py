@@ -14,6 +14,7 @@ NUM_PHOTOS = 12
 
 
 class Contract(contract.Contract):
+    steps = 60
     uneven_batch_size = 3
     short_steps = 6  # Adam makes a sum's rounding larger with every step
 

@@ -12,6 +12,8 @@ from tests import contract
 
 class Contract(contract.Contract):
     metric = "val_bits_per_byte"
+    steps = 60
+    short_steps = 6
 
     def tiny(self, recipe, folder):
         overrides = tiny_text(recipe["model"]["init_args"]["architecture"], folder)
@@ -66,7 +68,7 @@ def tiny_text(architecture, folder):
         config |= {"intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 2}
     return {
         "trainer": {
-            "val_check_interval": 50,
+            "val_check_interval": Contract.steps // 2,
             "check_val_every_n_epoch": None,
             "max_steps": Contract.steps,
             "max_epochs": -1,
