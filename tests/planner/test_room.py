@@ -74,7 +74,7 @@ def test_a_device_needs_more_than_tensors():
     room = estimate_room(trace_of(held(40 * GIB), peak=40 * GIB), Setting(), h100)
     assert room.allocated == 40 * GIB + 64 * MIB
     assert 1.0 < room.reserved / room.allocated < 1.05
-    assert room.used == room.reserved + GIB
+    assert 0.5 * GIB < room.used - room.reserved < 1.3 * GIB
     several = estimate_room(trace_of(held(40 * GIB), peak=40 * GIB), Setting(devices=8), h100)
     assert GIB < several.used - room.used < 2 * GIB
     assert room.fits
