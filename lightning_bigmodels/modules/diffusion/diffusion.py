@@ -20,28 +20,18 @@ from lightning_bigmodels.modules.diffusion.denoisers import (
     config_of,
     denoise,
 )
+from lightning_bigmodels.modules.diffusion.denoising import Denoising, as_pixels
 from lightning_bigmodels.modules.diffusion.pipelines import check_pipeline, write_pipeline
 from lightning_bigmodels.modules.diffusion.processes import DiscreteProcess, build_process, denoising_losses
-from lightning_bigmodels.modules.diffusion.samplers import (
-    DEFAULTS,
-    Sampling,
-    build_scheduler,
-    check_sampler,
-    guide,
-    sample,
-    seeds_of,
-)
+from lightning_bigmodels.modules.diffusion.samplers import DEFAULTS, Sampling, seeds_of
 from lightning_bigmodels.optim import ScheduleCallable
 from lightning_bigmodels.tasks.classification import MeanLoss
-from lightning_bigmodels.tasks.picture_generation import PictureGeneration
 from lightning_bigmodels.tasks.sample_noise import SampleNoise
 from lightning_bigmodels.tasks.task import Phase
 
-_BINS = 4
-
 
 @final
-class Diffusion(PictureGeneration):
+class Diffusion(Denoising):
     """A network of diffusers that makes pictures, all on their own or by class, by taking noise out step by step.
 
     Validation and test report the loss as training has it, with noise that is always the same (`val_loss`), and by how
@@ -121,31 +111,14 @@ class Diffusion(PictureGeneration):
         l1_penalty: float = 0.0,
         compile: bool = False,
     ) -> None:
+        noise = (noise_schedule, num_train_timesteps, beta_start, beta_end, sigma_min, sigma_max)
+        rest = {"optimizer": optimizer, "schedule": schedule, "l1_penalty": l1_penalty, "compile": compile}
         super().__init__(
-            image_size,
-            channels,
-            num_classes,
-            noise_seed,
-            optimizer=optimizer,
-            schedule=schedule,
-            l1_penalty=l1_penalty,
-            compile=compile,
+            build_process(process, prediction, *noise, time_sampling, min_snr_gamma, time_shift),
+            Sampling(sampler or DEFAULTS[process], num_sampling_steps, guidance_scale),
+            *(image_size, channels, num_classes, noise_seed),
+            **rest,
         )
-        self.process = build_process(
-            process,
-            prediction,
-            noise_schedule,
-            num_train_timesteps,
-            beta_start,
-            beta_end,
-            sigma_min,
-            sigma_max,
-            time_sampling,
-            min_snr_gamma,
-            time_shift,
-        )
-        self.sampling = Sampling(sampler or DEFAULTS[process], num_sampling_steps, guidance_scale)
-        check_sampler(self.process, self.sampling.sampler, num_sampling_steps)
         if pretrained is None:
             check_denoiser(architecture, config or {}, self.image_shape)
         elif config:
@@ -175,8 +148,6 @@ class Diffusion(PictureGeneration):
         self.label_dropout = label_dropout
         self.bound_timesteps = bound_timesteps
         self.channels_last = channels_last
-        names = ["loss", *(f"loss_t{number}" for number in range(_BINS))]
-        self.metrics = nn.ModuleDict({f"{phase}_{name}": MeanLoss() for phase in ("val", "test") for name in names})
         if bound_timesteps:
             self.metrics["test_bits_per_dimension"] = MeanLoss()
         self.save_hyperparameters()
@@ -243,28 +214,13 @@ class Diffusion(PictureGeneration):
         labels = self._told(phase, batch, noise)
         clean = batch["images"].float() / 127.5 - 1
         losses, positions = denoising_losses(self.process, partial(self.predict_noise, labels=labels), clean, noise)
-        counted = (batch["indices"] != FILLER).to(losses.dtype)
-        loss = (losses * counted).sum() / counted.sum().clamp(min=1)
-        if phase == "train":
-            self.log("train_loss", loss.detach(), prog_bar=True)
-            return loss
-        bins = (positions * _BINS).long().clamp(max=_BINS - 1)
-        for number in (None, *range(_BINS)):
-            weights = counted if number is None else counted * (bins == number)
-            name = f"{phase}_loss" if number is None else f"{phase}_loss_t{number}"
-            self._report(name, losses, weights)
+        loss = self.report_losses(phase, losses, positions, batch["indices"])
         if phase == "test" and self.bound_timesteps:
             assert isinstance(self.process, DiscreteProcess)
             predict = partial(self.predict_noise, labels=labels)
             bits = bits_per_dimension(self.process, predict, batch["images"], noise, self.bound_timesteps)
-            self._report("test_bits_per_dimension", bits, counted)
+            self.report_mean("test_bits_per_dimension", bits, (batch["indices"] != FILLER).to(bits.dtype))
         return loss
-
-    def _report(self, name: str, values: Tensor, weights: Tensor) -> None:
-        metric = self.metrics[name]
-        assert isinstance(metric, MeanLoss)
-        metric.update(values * weights, weights)
-        self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name == "val_loss", batch_size=len(values))
 
     def _told(self, phase: Phase, batch: ImageBatch, noise: SampleNoise) -> Tensor | None:
         """Return the classes (B,) that the network is told: in training not all of them."""
@@ -294,19 +250,14 @@ class Diffusion(PictureGeneration):
         """
         if not seeds:
             return torch.zeros(0, *self.image_shape, dtype=torch.uint8, device=self.device)
-        scheduler = build_scheduler(self.process, self.sampling.sampler, clip=True)
         predict = partial(self._predict_guided, labels=labels)
-        steps = self.sampling.num_steps if num_steps is None else num_steps
-        made = sample(scheduler, predict, seeds, self.image_shape, steps, self.device)
-        return ((made / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return as_pixels(self.make_examples(predict, seeds, self.image_shape, num_steps, clip=True))
 
     def _predict_guided(self, noisy: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
         if labels is None or self.sampling.guidance_scale == 1:
             return self.predict_noise(noisy, times, labels)
-        both = torch.cat([labels, torch.full_like(labels, self.num_classes)])
-        made = self.predict_noise(noisy.repeat(2, 1, 1, 1), times.repeat(2), both)
-        conditional, unconditional = made.float().chunk(2)
-        return guide(conditional, unconditional, self.sampling.guidance_scale)
+        both = torch.cat([torch.full_like(labels, self.num_classes), labels])
+        return self.guided(partial(self.predict_noise, labels=both), noisy, times)
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:

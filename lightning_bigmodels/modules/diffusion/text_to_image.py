@@ -13,38 +13,27 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_bigmodels.data.batches import FILLER, CaptionBatch, PromptBatch
+from lightning_bigmodels.data.batches import CaptionBatch, PromptBatch
 from lightning_bigmodels.data.captioned_images import CaptionedImages
 from lightning_bigmodels.data.tokenizer import CHECKPOINT_KEY, tokenizer_from_files, tokenizer_to_files
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.exportable import LibraryFolder
+from lightning_bigmodels.modules.diffusion.denoising import Denoising, as_pixels
 from lightning_bigmodels.modules.diffusion.latent_cache import LatentCache, MadeUpLatents
 from lightning_bigmodels.modules.diffusion.processes import build_process, denoising_losses
-from lightning_bigmodels.modules.diffusion.samplers import (
-    DEFAULTS,
-    Sampling,
-    build_scheduler,
-    check_sampler,
-    guide,
-    sample,
-    seeds_of,
-)
+from lightning_bigmodels.modules.diffusion.samplers import DEFAULTS, Sampling, seeds_of
 from lightning_bigmodels.modules.diffusion.text_denoisers import TextPictureNetwork, draw_latents, plain_config, scaling
 from lightning_bigmodels.modules.diffusion.text_encoders import CaptionTokenizer, config_values, describe_cut
 from lightning_bigmodels.modules.diffusion.text_parts import TextParts
 from lightning_bigmodels.modules.diffusion.text_pipelines import check_text_pipeline, write_text_pipeline
 from lightning_bigmodels.optim import ScheduleCallable
 from lightning_bigmodels.png import Drawn, PictureWithText
-from lightning_bigmodels.tasks.classification import MeanLoss
-from lightning_bigmodels.tasks.picture_generation import PictureGeneration
 from lightning_bigmodels.tasks.sample_noise import SampleNoise
 from lightning_bigmodels.tasks.task import Phase
 
-_BINS = 4
-
 
 @final
-class TextToImage(PictureGeneration):
+class TextToImage(Denoising):
     """A network of diffusers that makes pictures of prompts, on pixels or in the latents of an AutoencoderKL.
 
     `bigmodels predict --data.predict_prompts FILE` makes a picture of each line, whose PNG file says prompt and seed.
@@ -144,7 +133,13 @@ class TextToImage(PictureGeneration):
         compile: bool = False,
     ) -> None:
         rest = {"optimizer": optimizer, "schedule": schedule, "l1_penalty": l1_penalty, "compile": compile}
-        super().__init__(image_size, channels, 0, noise_seed, **rest)
+        noise = (noise_schedule, num_train_timesteps, beta_start, beta_end, sigma_min, sigma_max)
+        super().__init__(
+            build_process(process, prediction, *noise, time_sampling, min_snr_gamma, time_shift),
+            Sampling(sampler or DEFAULTS[process], num_sampling_steps, guidance_scale),
+            *(image_size, channels, 0, noise_seed),
+            **rest,
+        )
         self.parts = TextParts(
             architecture=architecture,
             config=dict(config or {}),
@@ -159,10 +154,6 @@ class TextToImage(PictureGeneration):
             fold=fold,
         )
         self.parts.check()
-        noise = (noise_schedule, num_train_timesteps, beta_start, beta_end, sigma_min, sigma_max)
-        self.process = build_process(process, prediction, *noise, time_sampling, min_snr_gamma, time_shift)
-        self.sampling = Sampling(sampler or DEFAULTS[process], num_sampling_steps, guidance_scale)
-        check_sampler(self.process, self.sampling.sampler, num_sampling_steps)
         if not 0 <= caption_dropout < 1:
             raise InputError(f"caption_dropout is {caption_dropout}; it must be 0 or more and below 1")
         if guidance_scale < 1:
@@ -172,8 +163,6 @@ class TextToImage(PictureGeneration):
         self.latent_cache = latent_cache
         self.caption_dropout = caption_dropout
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        names = ["loss", *(f"loss_t{number}" for number in range(_BINS))]
-        self.metrics = nn.ModuleDict({f"{phase}_{name}": MeanLoss() for phase in ("val", "test") for name in names})
         self._latents: dict[str, LatentCache | MadeUpLatents] = {}
         self._told_of_cut = False
         self.save_hyperparameters()
@@ -295,20 +284,7 @@ class TextToImage(PictureGeneration):
         clean = self._clean(phase, batch, noise)
         ask = partial(self.network, "told")
         losses, positions = denoising_losses(self.process, lambda x, t: ask(x, t, ids, mask), clean, noise)
-        counted = (batch["indices"] != FILLER).to(losses.dtype)
-        loss = (losses * counted).sum() / counted.sum().clamp(min=1)
-        if phase == "train":
-            self.log("train_loss", loss.detach(), prog_bar=True)
-            return loss
-        bins = (positions * _BINS).long().clamp(max=_BINS - 1)
-        for number in (None, *range(_BINS)):
-            weights = counted if number is None else counted * (bins == number)
-            name = f"{phase}_loss" if number is None else f"{phase}_loss_t{number}"
-            metric = self.metrics[name]
-            assert isinstance(metric, MeanLoss)
-            metric.update(losses * weights, weights)
-            self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name == "val_loss", batch_size=len(losses))
-        return loss
+        return self.report_losses(phase, losses, positions, batch["indices"])
 
     def _clean(self, phase: Phase, batch: CaptionBatch, noise: SampleNoise) -> Tensor:
         """Return examples (B, C, h, w): pixels in [-1, 1], or latents drawn from their distribution."""
@@ -360,19 +336,14 @@ class TextToImage(PictureGeneration):
 
         def predict(noisy: Tensor, times: Tensor) -> Tensor:
             assert self.network is not None
-            if not guided:
-                return self.network("denoise", noisy, times, states, tokens.mask)
-            made = self.network("denoise", noisy.repeat(2, 1, 1, 1), times.repeat(2), states, tokens.mask)
-            without, told = made.float().chunk(2)
-            return guide(told, without, self.sampling.guidance_scale)
+            return self.network("denoise", noisy, times, states, tokens.mask)
 
         autoencoder = self.network.autoencoder
-        scheduler = build_scheduler(self.process, self.sampling.sampler, clip=autoencoder is None)
         shape = self.parts.example_shape(self.image_shape, autoencoder)
-        steps = self.sampling.num_steps if num_steps is None else num_steps
-        made = sample(scheduler, predict, seeds, shape, steps, self.device)
+        ask = partial(self.guided, predict) if guided else predict
+        made = self.make_examples(ask, seeds, shape, num_steps, clip=autoencoder is None)
         made = F.pixel_shuffle(made, self.parts.fold) if autoencoder is None else self.network("decode", made)
-        return ((made / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)[:count]
+        return as_pixels(made)[:count]
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:

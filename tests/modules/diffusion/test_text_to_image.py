@@ -101,7 +101,7 @@ def test_guidance_goes_from_no_caption_to_the_caption_and_beyond(of_pixels, monk
     made = []
     monkeypatch.setattr(of_pixels.network, "forward", predict)
     monkeypatch.setattr(
-        "lightning_bigmodels.modules.diffusion.text_to_image.sample",
+        "lightning_bigmodels.modules.diffusion.denoising.sample",
         lambda scheduler, predict, seeds, shape, *rest: (
             made.append(predict(torch.zeros(1, *shape), torch.zeros(1))) or torch.zeros(1, *shape)
         ),
