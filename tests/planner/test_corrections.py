@@ -106,3 +106,15 @@ def test_compiled_blocks_keep_what_the_partitioner_of_torch_keeps():
     assert compiled == pytest.approx(rows * length * (7 * width + 3 * inner) * 2, rel=0.03)
     assert compiled < 0.7 * of_a_block(compile=False)
     assert of_a_block(compile=True, activation_checkpointing=True) == pytest.approx(rows * length * width * 2, rel=0.03)
+
+
+def test_a_tensor_that_two_layers_share_is_held_once():
+    config = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 4, "max_position_embeddings": 32}
+    data = Text("python-docs", vocab_size=300, block_size=32, batch_size=1)
+    held = []
+    for tied in (True, False):
+        trace = simulate(CausalLanguageModel("llama", {**config, "tie_word_embeddings": tied}), data, Setting())
+        held.append(trace.start["parameters"])
+        assert all(change.kind not in ("parameters", "optimizer state") for change in trace.changes)
+    assert held[1] - held[0] == 300 * 64 * 4
