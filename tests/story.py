@@ -178,7 +178,7 @@ class Story:
 
     def bigmodels(self, words):
         words = shrink(words, self.unused)
-        if "--trainer.devices" in words:
+        if "--trainer.devices" in words and words[0] != "plan":
             # Lightning starts the other processes from the command line of this one
             command = [sys.executable, "-m", "lightning_bigmodels", *words]
             result = subprocess.run(command, capture_output=True, text=True, check=False)

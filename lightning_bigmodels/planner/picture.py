@@ -71,7 +71,7 @@ def _draw(plan: Plan, path: Path) -> None:
     top = plan.peak.total / GIB
     axes.plot(plan.peak.operation, top, "k.", zorder=3)
     axes.annotate(
-        f"{top:,.2f} GiB",
+        f"{top:,.2f} GiB" if top >= 1 else f"{top:.3g} GiB",
         (plan.peak.operation, top),
         xytext=(0, 6),
         textcoords="offset points",

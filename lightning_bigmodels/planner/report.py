@@ -38,7 +38,7 @@ def title(plan: Plan) -> str:
     setting = plan.setting
     words = [
         _devices(setting, plan.hardware.name),
-        setting.strategy if setting.world_size > 1 or setting.strategy != "auto" else "one process",
+        {"auto": "ddp" if setting.world_size > 1 else "one process"}.get(setting.strategy, setting.strategy),
         setting.precision,
         f"batch_size {setting.batch_size}",
     ]
@@ -58,7 +58,6 @@ def verdict(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> list[str]:
     room, peak = plan.room, plan.peak
-    digits = 2 if room.allocated >= GIB else 4
     place = f"in {_PHASES[peak.phase]}, {peak.name}, operation {peak.operation:,} of {plan.num_operations:,}"
     rows: list[tuple[str, int, str]] = [(kind, peak.held.get(kind, 0), "") for kind in kinds_of(plan)]
     if room.allocated > peak.total:
@@ -76,7 +75,7 @@ def _memory(plan: Plan) -> list[str]:
             ("of", plan.hardware.memory, plan.hardware.name),
         ]
     lines = ["Memory of a device at the step's peak, GiB"]
-    return lines + [_row(name, _gib(size, digits), comment) for name, size, comment in rows]
+    return lines + [_row(name, _gib(size, digits=3), comment) for name, size, comment in rows]
 
 
 def _step(plan: Plan) -> list[str]:
@@ -86,7 +85,7 @@ def _step(plan: Plan) -> list[str]:
     lines = [
         "Optimizer step",
         _row("time", _seconds(time.seconds), f"bound by {time.bound}: {told}"),
-        _row("TFLOP", f"{time.flops / 1e12:,.1f}", f"on each device; MFU {time.mfu:.1%}"),
+        _row("TFLOP", _figures(time.flops / 1e12), f"on each device; MFU {time.mfu:.1%}"),
     ]
     for name, traffic in plan.traffic.items():
         if traffic.sent >= MIB:
@@ -105,9 +104,9 @@ def _run(plan: Plan, length: Length | None, price: float | None, hint: str | Non
     if length is None:
         return textwrap.wrap(hint, _LINE) if hint else []
     lines = [f"Run of {length.steps:,} steps, {length.rows * plan.units_per_row:,} {plan.unit}"]
-    lines.append(_row("hours", _hours(length.hours), "of training alone"))
+    lines.append(_row("hours", _figures(length.hours), "of training alone"))
     devices = plan.setting.world_size
-    lines.append(_row("device hours", _hours(length.hours * devices)))
+    lines.append(_row("device hours", _figures(length.hours * devices)))
     if length.cost is not None:
         lines.append(_row("cost", f"{length.cost:,.2f}", f"at {price:g} a device and hour"))
     return lines
@@ -123,7 +122,11 @@ def _changes(plan: Plan, trials: Sequence[Trial]) -> list[str]:
         lines += [line for trial in fitting for line in _trial(plan, trial)]
     rest = [trial for trial in trials if not trial.fits]
     if rest:
-        lines += ["Not enough:" if fitting else "Nothing that was tried makes it fit (used GiB, time of a step):"]
+        lines += [
+            "Not enough, or not for sure:"
+            if fitting
+            else "Nothing that was tried makes it fit (used GiB, time of a step):"
+        ]
         lines += [line for trial in rest for line in _trial(plan, trial)]
     return lines
 
@@ -157,8 +160,8 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1000:,.3g} ms"
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:,.1f}" if hours >= 10 else f"{hours:.3g}"
+def _figures(number: float) -> str:
+    return f"{number:,.1f}" if number >= 10 else f"{number:.3g}"
 
 
 def _count(number: float) -> str:

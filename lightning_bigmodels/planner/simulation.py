@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,6 +25,7 @@ from lightning_bigmodels.planner.corrections import on_cuda, use_cuda_defaults
 from lightning_bigmodels.planner.detections import assume_detections
 from lightning_bigmodels.planner.fusion import fuse
 from lightning_bigmodels.planner.trace import StepTrace, Transfer
+from lightning_bigmodels.strategies.precision import with_true_precision
 from lightning_bigmodels.tasks import Task
 
 _LONG_RUN = 10**6
@@ -122,7 +123,7 @@ class _WithoutMemory(FakeTensorMode):
     torch asks before each operation that makes a tensor, which takes a fifth of a small network's step (2.14).
     """
 
-    avoid_device_init = True  # type: ignore[assignment]  # a property of torch's; no tensor here is on a GPU
+    avoid_device_init = True  # a property of torch's; no tensor here is on a GPU
 
 
 class _Batches(LightningDataModule):
@@ -227,6 +228,8 @@ def simulate(
     model = copy.deepcopy(model)
     if isinstance(model, Task):
         model.uses_no_data = True
+    if hasattr(model, "unfreeze_after"):
+        model.unfreeze_after = 0.0  # type: ignore[assignment]  # what all of the network needs, once it learns
     if setting.activation_checkpointing is not None:
         model.activation_checkpointing = setting.activation_checkpointing  # type: ignore[assignment]
     # in the first steps the optimizers make their state, for which one batch each will do. In the second batch of a step
@@ -259,22 +262,23 @@ def _trainer(setting: Setting, watch: Callback) -> Trainer:
         )
     if setting.strategy.startswith(("deepspeed", "xla", "ddp_spawn", "ddp_notebook", "ddp_fork")):
         raise InputError(f"the strategy {setting.strategy} cannot be planned; plan with ddp or fsdp2")
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=setting.devices,
-        num_nodes=setting.num_nodes,
-        strategy="ddp" if setting.strategy == "auto" and setting.world_size > 1 else setting.strategy,
-        precision=cast(Any, setting.precision),
-        gradient_clip_val=setting.gradient_clip_val,
-        max_epochs=-1,
-        max_steps=_LONG_RUN,
-        limit_val_batches=0,
-        logger=False,
-        callbacks=[watch],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    arguments: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": setting.devices,
+        "num_nodes": setting.num_nodes,
+        "strategy": "ddp" if setting.strategy == "auto" and setting.world_size > 1 else setting.strategy,
+        "precision": setting.precision,
+        "gradient_clip_val": setting.gradient_clip_val,
+        "max_epochs": -1,
+        "max_steps": _LONG_RUN,
+        "limit_val_batches": 0,
+        "logger": False,
+        "callbacks": [watch],
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(**with_true_precision(arguments))
     trainer.barebones = True  # self.log does nothing: its metrics would want values
     return trainer
 

@@ -25,12 +25,12 @@ def test_a_report_says_memory_step_run_and_verdict():
     lines = [re.sub(r" +", " ", line).strip() for line in text.splitlines()]
     assert lines[0] == "16 x h100 on 2 nodes, fsdp2, 32-true, batch_size 2, 3 batches accumulated"
     for line in (
-        "parameters 1.00",
-        "activations 8.00",
-        "allocated 9.00 in the forward pass, aten::mm, operation 6 of 12",
-        "of 24.00 h100",
+        "parameters 1.000",
+        "activations 8.000",
+        "allocated 9.000 in the forward pass, aten::mm, operation 6 of 12",
+        "of 24.000 h100",
         "time 6.00 s bound by compute: compute 4.50 s, memory 1.50 s",
-        "TFLOP 4.0 on each device; MFU 40.0%",
+        "TFLOP 4 on each device; MFU 40.0%",
         "all-gather 3,072 MiB sent, as much received, in 4 calls",
         "tokens/s 100 on each device, 1,600 in all",
         "tokens 9,600 in a step, on all devices",
@@ -48,7 +48,7 @@ def test_a_report_says_memory_step_run_and_verdict():
 def test_what_is_allocated_beside_tensors_is_told():
     plan = made_plan()
     plan = replace(plan, room=replace(plan.room, allocated=plan.room.allocated + GIB))
-    assert re.search(r"^  workspace +1.00  of matrix products$", report(plan, None, None, None, []), flags=re.M)
+    assert re.search(r"^  workspace +1.000  of matrix products$", report(plan, None, None, None, []), flags=re.M)
 
 
 def test_a_verdict_counts_what_is_uncertain():
@@ -74,7 +74,7 @@ def test_changes_are_flags_to_paste():
         "What makes it fit, each tried (used GiB, time of a step):",
         "  --data.batch_size 2 --x 4",
         "    16.00 of 24.00, 2.00 s, 0.25 x the rows of a step",
-        "Not enough:",
+        "Not enough, or not for sure:",
         "  --y true",
         "    32.00 of 24.00, 6.00 s, 0.75 x the rows of a step",
         "  --z: z is not for this network",

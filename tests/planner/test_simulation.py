@@ -118,6 +118,19 @@ def test_strategies_hold_and_send_their_part():
     assert model.network is None
 
 
+def test_numbers_of_sixteen_bits_are_those_that_are_asked_for():
+    model, data = classifier()
+    # a body that is frozen at first needs the memory of one that is not
+    model.unfreeze_after = 0.5
+    half, brain = (
+        simulate(model, data, Setting(batch_size=ROWS, precision=f"{name}-mixed")) for name in ("16", "bf16")
+    )
+    assert half.peak.total == pytest.approx(brain.peak.total, rel=0.01)
+    assert half.peak.held["gradients"] > 0.9 * half.peak.held["parameters"]
+    products = {operation.dtype for operation in half.operations if operation.flops}
+    assert products == {torch.float16}
+
+
 class Counts(Task):
     """Its loss counts values, which hangs on them."""
 
