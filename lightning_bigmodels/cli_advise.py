@@ -138,7 +138,7 @@ def _plan(candidate: Candidate, facts: Facts, hardware: Hardware, given: Argumen
     options |= device_options(recipe, options, given.devices, hardware.name == "cpu", rows)
     options |= rate_options(recipe, options, given.devices)
     try:
-        model, data, lines = builder.build(["--config", recipe.name, *report.words({**options, **_thawed(recipe)})])
+        model, data, lines = builder.build(["--config", recipe.name, *report.words(options)])
         plan, setting = _fitting(model, data, setting_from_lines(lines, data), hardware)
     except InputError as error:
         return Planned(candidate, options, remark=f"cannot be planned: {error}")
@@ -146,19 +146,10 @@ def _plan(candidate: Candidate, facts: Facts, hardware: Hardware, given: Argumen
         options["data.batch_size"] = setting.batch_size
         options["trainer.accumulate_grad_batches"] = setting.accumulate_grad_batches
     length = length_of(recipe, options, given.devices, rows, plan.time.seconds, given.hours)
-    options |= length_options(recipe, length, setting.accumulate_grad_batches)
-    remark = ""
-    if not plan.room.fits:
-        remark = (
-            f"what would make it fit says: bigmodels plan --config {recipe.name} --gpu {hardware.name}, with the "
-            f"options below"
-        )
-    return Planned(candidate, options, plan.to_dict(), length, remark)
-
-
-def _thawed(recipe: RecipeFacts) -> dict[str, Any]:
-    """Return the option that lets all of a network learn: most steps do so, and the first ones need less."""
-    return {"model.unfreeze_after": 0.0} if recipe.model.get("unfreeze_after") else {}
+    named = {"gpu": hardware.name} if given.gpu_table is None else {"gpu": hardware.name, "gpu_table": given.gpu_table}
+    if plan.room.fits:
+        options |= length_options(recipe, length, setting.accumulate_grad_batches)
+    return Planned(candidate, options, plan.to_dict(), length, hardware=named)
 
 
 def _fitting(model: LightningModule, data: Any, setting: Setting, hardware: Hardware) -> tuple[Plan, Setting]:

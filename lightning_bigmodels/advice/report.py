@@ -5,7 +5,7 @@ import json
 import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_bigmodels.advice.facts import LACKING, NAMES, Facts
@@ -17,6 +17,11 @@ _WIDTH = 100
 _CLASSES = 8
 _COLUMNS = 20
 _GIB = 2**30
+_LOADING = (
+    "Times are of training alone. Where pictures are read slower than that, --data.num_workers reads them in more "
+    "processes."
+)
+_LITTLE = 0.05
 _FEW_STEPS = 200
 """Optimizer steps in which no network of this package has learned much."""
 
@@ -30,7 +35,8 @@ class Planned:
         options: All options beside `--config`.
         plan: What the planner returned, as `Plan.to_dict`; None where it could not.
         length: How long the run is; None without a plan.
-        remark: What is to be said of the plan: why there is none, or what makes it fit.
+        remark: Why there is no plan.
+        hardware: Options of `bigmodels plan` for the same hardware.
     """
 
     candidate: Candidate
@@ -38,6 +44,7 @@ class Planned:
     plan: Mapping[str, Any] | None = None
     length: Length | None = None
     remark: str = ""
+    hardware: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -46,8 +53,11 @@ class Planned:
 
     @property
     def command(self) -> list[str]:
-        """The words of the command that runs it."""
-        return ["bigmodels", "fit", "--config", self.candidate.recipe.name, *words(self.options)]
+        """The words of the command that runs it; where it does not fit, of the one that finds what would."""
+        named = ["--config", self.candidate.recipe.name]
+        if self.plan is None or self.fits:
+            return ["bigmodels", "fit", *named, *words(self.options)]
+        return ["bigmodels", "plan", *named, *words(self.hardware), *words(self.options)]
 
 
 def words(options: Mapping[str, Any]) -> list[str]:
@@ -92,6 +102,8 @@ def text(
             task = each.candidate.recipe.task
             lines += ["", f"to {TASKS[task]}"]
         lines += ["", *_recipe(number, each)]
+    if facts.sides and planned:
+        lines += ["", *_paragraph(_LOADING)]
     if others:
         lines += ["", "not planned", *_others(others, {each.candidate.recipe.task for each in planned})]
     return "\n".join(lines)
@@ -113,7 +125,7 @@ def _sentences(facts: Facts) -> Iterator[str]:
     if facts.sides and facts.extremes:
         height, width = facts.sides
         kind = {1: "gray", 3: "coloured"}.get(facts.channels, f"{facts.channels} channels")
-        span = f" in the middle, sides from {facts.extremes[0]} to {facts.extremes[1]}"
+        span = f" (median), sides from {facts.extremes[0]:,} to {facts.extremes[1]:,}"
         alike = facts.extremes == (min(facts.sides), max(facts.sides))
         total += f", {width} x {height} pixels{'' if alike else span}, {kind}"
     yield total
@@ -121,7 +133,7 @@ def _sentences(facts: Facts) -> Iterator[str]:
         yield _classes(facts)
     if facts.lengths:
         unit = "words a caption" if facts.kind == "captions" else "characters a text"
-        yield f"{facts.lengths[0]:,} {unit} in the middle, {facts.lengths[1]:,} at most"
+        yield f"{facts.lengths[0]:,} {unit} (median), {facts.lengths[1]:,} at most"
     for name, what in list(facts.columns.items())[:_COLUMNS]:
         empty = facts.missing.get(name)
         yield f"{name}: {what}" + (f", {empty:,} missing" if empty else "")
@@ -167,22 +179,26 @@ def _plan(each: Planned) -> Iterator[str]:
         f"{step['unit']}/s, bound by {step['bound']}"
     )
     if each.length is not None:
-        yield _length(each.length)
-    if each.remark:
-        yield each.remark
+        yield _length(each.length, each.fits)
+    if not each.fits:
+        yield "what would make it fit is found by"
 
 
-def _length(length: Length) -> str:
+def _length(length: Length, fits: bool) -> str:
     if not length.steps_per_epoch:
         return "the data do not fill a batch: give more of them, or lower --data.batch_size"
     own = f"the recipe's {_count(length.epochs)} epochs are {length.steps:,} steps and take {_hours(length.own_hours)}"
-    if length.share >= 1 and length.steps < _FEW_STEPS:
-        own += f": few steps, so try --trainer.max_epochs {-(-_FEW_STEPS // length.steps_per_epoch)}"
+    enough = -(-_FEW_STEPS // length.steps_per_epoch)
+    if length.steps < _FEW_STEPS and length.possible_epochs >= enough:
+        own += f": few steps, so try --trainer.max_epochs {enough}"
     if length.share >= 1:
         return f"{own}; {length.hours:g} h would do for {_count(length.possible_epochs)}"
     if not length.possible_steps:
         return f"{own}; {length.hours:g} h are not enough for a step"
-    return f"{own}; {length.hours:g} h do for {_count(length.possible_epochs)}, to which the command is cut"
+    possible = f"{own}; {length.hours:g} h do for {_count(length.possible_epochs)}"
+    if length.share < _LITTLE:
+        return f"{possible}, which is {length.share:.1%} of it and too little to learn much"
+    return f"{possible}, to which the command is cut" if fits else possible
 
 
 def _command(command: Sequence[str]) -> Iterator[str]:

@@ -21,8 +21,8 @@ TASKS_OF: dict[Kind, tuple[Task, ...]] = {
 """What data of a kind can teach, what they were most likely made for first."""
 
 _IMBALANCE = 10
-_PIXELS_PER_EXAMPLE = 0.25
-"""From scratch, about a picture for every fourth pixel of one: 1,000 at 16 x 16, 200,000 at 224 x 224."""
+_PICTURES_PER_PIXEL = 4
+"""From scratch, of those of one picture: 1,000 at 16 x 16, 200,000 at 224 x 224. A rule of thumb."""
 _LEAST_PHOTO = 64
 _TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", table 3."""
@@ -107,7 +107,7 @@ def _judge(facts: Facts, recipe: RecipeFacts, parameters: Mapping[str, int]) -> 
 def _picture_fit(facts: Facts, recipe: RecipeFacts) -> tuple[float, list[str]]:
     number, reasons = facts.num_train, []
     of_each = number // max(1, len(facts.classes))
-    enough = _PIXELS_PER_EXAMPLE * recipe.side**2 * 16
+    enough = _PICTURES_PER_PIXEL * recipe.side**2
     shown = f"{number:,} pictures" + (f", {of_each:,} of a class," if facts.kind == "classes" else "")
     if recipe.pretrained and recipe.task != "text to image":
         score = -0.1 - 0.5 * max(0.0, math.log10(max(1, number) / _MILLION))

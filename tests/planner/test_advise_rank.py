@@ -226,6 +226,20 @@ def test_kinds_without_recipes_are_said_with_what_is_missing():
     assert " ".join(shown.split()).endswith(said)
 
 
+def test_where_nothing_fits_the_command_is_that_of_a_plan():
+    first = dataclasses.replace(planned(ranked(pictures(40, 200))[0], fits=False), hardware={"gpu": "l4"})
+    command = ["bigmodels", "plan", "--config", "image/finetune_efficientnet", "--gpu", "l4", "--data.source", "photos"]
+    assert first.command[:8] == command
+    shown = report.text(pictures(40, 200), "l4", 22 * 2**30, 8.0, [first], [])
+    assert "   = DOES NOT FIT: uses 3.0 of 22.0 GiB" in shown
+    assert "   = what would make it fit is found by\n" in shown
+
+
+def test_hours_that_are_far_too_few_are_said():
+    shown = report.text(pictures(40, 200), "l4", 2**30, 0.001, [planned(ranked(pictures(40, 200))[0], hours=0.001)], [])
+    assert "which is 3.2% of it and too little to learn much" in " ".join(shown.split())
+
+
 def test_what_fits_and_has_time_comes_first():
     one, two, three, *_ = ranked(pictures(40, 200))
     found = in_order([planned(one, fits=False), planned(two, hours=0.0001), planned(three)])
