@@ -6,7 +6,7 @@ import sys
 from typing import NoReturn
 
 from lightning_bigmodels import __version__
-from lightning_bigmodels.errors import InputError, RunError, near
+from lightning_bigmodels.errors import InputError, RunError, near, require
 from lightning_bigmodels.recipe_files import list_recipes
 
 VERBS = {
@@ -146,6 +146,8 @@ def _advise(arguments: list[str]) -> None:
         print(ADVISE_HELP, end="", flush=True)
         return
     given = parse(arguments)
+    # whatever the data turn out to be, they may be pictures
+    require("torchvision", extra="vision")
     from lightning_bigmodels.cli_advise import advise
 
     advise(given)

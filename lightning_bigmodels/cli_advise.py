@@ -57,7 +57,7 @@ def advise(given: Arguments) -> None:
     names = {each.candidate.recipe.name for each in planned}
     others = [each for each in ranked if each.recipe.name not in names]
     if given.json:
-        print(json.dumps(report.values(facts, hardware.name, given.hours, planned, others), indent=1, default=str))
+        print(json.dumps(report.values(facts, hardware.name, given.hours, planned, others), indent=1))
         return
     shown = f"{given.devices} x {hardware.name}" if given.devices > 1 else hardware.name
     print(report.text(facts, shown, hardware.memory, given.hours, planned, others))

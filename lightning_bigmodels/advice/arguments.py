@@ -11,7 +11,7 @@ HELP = """usage: bigmodels advise --data FOLDER_OR_FILE --gpu NAME --hours HOURS
 
 Look at your data, and name the recipes that suit them: what each needs and takes on the hardware,
 best first, why, and the command that runs it. The data are read; nothing is trained, fetched or
-written. No GPU is needed.
+written. No GPU is needed. It needs the extra [vision].
 
   --data PATH       a folder with a folder of pictures for each class; a folder of pictures, perhaps with a
                     .txt caption, a mask or a .xml file for each, or a table beside them; a COCO .json file;

@@ -65,6 +65,12 @@ def test_wrong_input_is_one_line(words, message, capsys, tmp_path, monkeypatch):
     assert error.count("\n") == 1
 
 
+def test_the_extra_for_pictures_is_named_where_it_is_missing(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert main(["advise", "--data", "python-docs", "--gpu", "l4", "--hours", "8"]) == 2
+    assert "pip install 'lightning-bigmodels[vision]'" in capsys.readouterr().err
+
+
 def test_data_without_a_recipe_are_described_all_the_same(capsys, tmp_path):
     path = tmp_path / "ratings.csv"
     path.write_text("user_id,item_id,rating\n" + "".join(f"{n % 5},{n % 7},3\n" for n in range(20)), encoding="utf-8")
