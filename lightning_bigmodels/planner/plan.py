@@ -2,11 +2,16 @@
 
 import dataclasses
 import math
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import lightning
+import torch
 from lightning.pytorch import LightningModule
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner.course import course_of
@@ -20,6 +25,9 @@ from lightning_bigmodels.planner.traffic import Traffic, traffic_of
 
 BLOCK_SIZE = 512
 """Bytes that the blocks of CUDA's caching allocator are a multiple of."""
+
+# what torch 2.14 says of an operator without a rule for shapes, and of .numpy()
+_NOT_FAKE = ("no fake impl registered", "not supported for tensor subclasses")
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,15 @@ def make_plan(model: LightningModule, datamodule: Any, setting: Setting, hardwar
     if not hasattr(datamodule, "example_batch"):
         raise InputError(f"{type(datamodule).__name__} has no example_batch(batch_size) to plan with; add one")
     on_cpu = hardware.name == "cpu"
-    trace = simulate(model, datamodule, setting, 1 if on_cpu else BLOCK_SIZE, like_cuda=not on_cpu)
+    try:
+        trace = simulate(model, datamodule, setting, 1 if on_cpu else BLOCK_SIZE, like_cuda=not on_cpu)
+    except RuntimeError as error:
+        if not isinstance(error, UnsupportedOperatorException) and not any(words in str(error) for words in _NOT_FAKE):
+            raise
+        raise InputError(
+            f"the step cannot be planned, at {_place(error)}: {str(error).split('. ')[0].rstrip('.')}; planning needs "
+            f"operations that give shapes without values: register yours with torch.library.register_fake"
+        ) from error
     unit, units_per_row = _unit(datamodule)
     return Plan(
         setting=setting,
@@ -169,6 +185,17 @@ def make_plan(model: LightningModule, datamodule: Any, setting: Setting, hardwar
         course=course_of(trace),
         assumptions=sorted(trace.assumptions),
     )
+
+
+def _place(error: BaseException) -> str:
+    """Return file and line of the innermost code that is neither torch's nor Lightning's nor the planner's."""
+    others = [Path(str(file)).parent for file in (torch.__file__, lightning.__file__, __file__)]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(Path(frame.filename).is_relative_to(folder) for folder in others)
+    ]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}"
 
 
 def check_not_negative(**values: float | None) -> None:

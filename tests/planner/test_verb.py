@@ -5,14 +5,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
-from lightning_bigmodels import CausalLanguageModel, Text
+from lightning_bigmodels import CausalLanguageModel, Images, Text
 from lightning_bigmodels.__main__ import main
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner import verb
+from lightning_bigmodels.planner.hardware import find_hardware
 from lightning_bigmodels.planner.plan import make_plan
 from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.tasks import Task
 from lightning_bigmodels.trainer import Trainer
 from tests.conftest import TINY_LLAMA
 from tests.planner.made import made_plan
@@ -122,6 +126,36 @@ def test_a_run_of_unknown_length_says_what_to_give(lines, words, monkeypatch, ca
     assert trainer.plan(None, Text(batch_size=1), gpu="h100").length is None
     assert words in capsys.readouterr().out.replace("\n", " ")
     assert trainer.plan(None, Text(batch_size=1), gpu="h100", samples=40).length.steps == 40
+
+
+@torch.library.custom_op("planned::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+class Own(Task):
+    """Its operator is the user's own."""
+
+    def build_network(self):
+        return nn.Linear(1, 1)
+
+    def step(self, phase, batch):
+        return twice(self.network(batch["labels"][:, None].float())).mean()
+
+
+class Leaves(Own):
+    """Its step leaves torch."""
+
+    def step(self, phase, batch):
+        return torch.from_numpy(self.network(batch["labels"][:, None].float()).detach().numpy()).mean()
+
+
+@pytest.mark.parametrize(("kind", "words"), [(Own, "planned::twice"), (Leaves, r"\.numpy\(\) is not supported")])
+def test_what_cannot_run_without_values_is_named(kind, words):
+    data = Images("sklearn-digits", image_size=8, channels=1)
+    place = rf"cannot be planned, at {__file__}, line \d+"
+    with pytest.raises(InputError, match=rf"{place}: .*{words}.*; planning needs operations .*: register yours with"):
+        make_plan(kind(), data, Setting(), find_hardware("h100"))
 
 
 def test_data_must_have_an_example_batch():
