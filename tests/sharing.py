@@ -10,6 +10,7 @@ LONGEST = (
     "tests/test_engines.py",
     "tests/test_readme.py",
     "tests/test_generative_page.py",
+    "tests/test_planning_page.py",
     "tests/callbacks/test_preemption.py",
     "tests/planner",
     "tests/test_resume.py",

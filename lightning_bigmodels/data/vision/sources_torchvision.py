@@ -118,9 +118,11 @@ def _open(cls: type, part: str, root: Path, download: bool) -> Any:
         except ValueError as error:  # no such split
             last = error
         except (RuntimeError, OSError) as error:
+            # torchvision goes on with an argument of its own
+            reason = str(error).strip().splitlines()[0].partition(" You can use download")[0].rstrip(".")
             raise InputError(
-                f"{cls.__name__} is not in {root} ({str(error).strip().splitlines()[0]}); set data.root to the folder "
-                f"it is in, or data.download to true"
+                f"{cls.__name__} is not in {root} ({reason}); set data.root to the folder it is in, or data.download "
+                f"to true"
             ) from error
         except ModuleNotFoundError as error:
             raise InputError(f"{cls.__name__} needs the package {error.name}; install it") from error

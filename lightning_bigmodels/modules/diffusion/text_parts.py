@@ -100,7 +100,7 @@ class TextParts:
             )
 
     def check_data(self, data: CaptionedImages, image_shape: tuple[int, int, int]) -> None:
-        """Refuse pictures of other sizes or channels than the network's.
+        """Refuse a size that the network cannot make, and pictures of other sizes or channels than the network's.
 
         Raises:
             InputError: the message names the argument of the data.
@@ -109,16 +109,18 @@ class TextParts:
             raise InputError(
                 f"the pictures have {data.channels} channels and the network {image_shape[0]}; set data.channels to it"
             )
-        if len(data.sizes) == 1 and data.sizes[0] != image_shape[1:]:
-            raise InputError(
-                f"the pictures are {list(data.sizes[0])} and the network makes {list(image_shape[1:])}; set "
-                f"data.image_size and model.image_size to the same"
-            )
         factor = self.fold
         if self.latent:
             config = self.autoencoder_config or part_config("AutoencoderKL", *self.autoencoder_source())  # type: ignore[arg-type]
             factor = _factor(config)
         multiple = size_multiple(self.architecture, self._denoiser_config(), factor)
+        # first what it can make: the pictures are then told to be of that size
+        check_text_size(self.architecture, image_shape[1:], multiple)
+        if len(data.sizes) == 1 and data.sizes[0] != image_shape[1:]:
+            raise InputError(
+                f"the pictures are {list(data.sizes[0])} and the network makes {list(image_shape[1:])}; set "
+                f"data.image_size and model.image_size to the same"
+            )
         for size in data.sizes:
             if size[0] % multiple or size[1] % multiple:
                 raise InputError(

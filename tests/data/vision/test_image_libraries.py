@@ -55,7 +55,9 @@ def test_cifar(tmp_path):
             pickle.dump({"data": data, "labels": [8, 0]}, file)
     with (folder / "batches.meta").open("wb") as file:
         pickle.dump({"label_names": ["airplane", *"1234567", "ship", "truck"]}, file)
-    with pytest.raises(InputError, match=r"CIFAR10 is not in .* \(Dataset not found.*\); set data\.root to the folder"):
+    with pytest.raises(
+        InputError, match=r"CIFAR10 is not in .* \(Dataset not found or corrupted\); set data\.root to the folder"
+    ):
         read_torchvision("CIFAR10", tmp_path, download=False)  # not the published bytes
     from torchvision.datasets import CIFAR10
 

@@ -355,6 +355,7 @@ def test_what_cannot_be_built(changes, words):
         ({"train_text_encoder": False}, {}, "a text encoder from scratch has to learn"),
         ({}, {"channels": 1}, "the pictures have 1 channels and the network 3; set data.channels"),
         ({}, {"image_size": 12}, r"the pictures are \[12, 12\] and the network makes \[16, 16\]"),
+        ({"image_size": 18, "fold": 2}, {}, r"the next that it can make is \[20, 20\]: set model.image_size and data"),
         ({}, {"aspect_buckets": True, "bucket_step": 1}, "set data.bucket_step to a multiple of 2"),
         ({"text_encoder_config": {**ENCODER, "vocab_size": 100}}, {}, "vocab_size is 100; set it to 257 or more"),
     ],
