@@ -14,9 +14,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
 
 from lightning_bigmodels.callbacks.process_watch import ProcessWatch
+from lightning_bigmodels.callbacks.weight_average import WeightAverage
 from lightning_bigmodels.errors import InputError, RunError
 from lightning_bigmodels.peak_memory import GIB, Memory, memory_of
 from lightning_bigmodels.strategies.collectives import gather
+from lightning_bigmodels.tasks.task import Task
 
 _T = TypeVar("_T")
 _NEVER_REACHED = 10**9  # batches of the epoch that the search is
@@ -233,7 +235,9 @@ def find_batch_size(
         raise InputError(f"the largest batch size to try is {max_batch_size}; set it to 1 or more")
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise InputError("the strategy runs in processes whose findings are lost; set trainer.strategy to ddp")
-    trials = _Trials(trainer, datamodule.example_batch, memory, max_batch_size)
+    if isinstance(model, Task):
+        model.uses_no_data = True
+    trials = _Trials(trainer, datamodule.example_batch, memory, max_batch_size, getattr(model, "step_period", 1))
     _strip(trainer, trials)
     try:
         trainer.fit(model, datamodule=_Batches(datamodule, trials))
@@ -251,9 +255,15 @@ class _Trials(Callback):
     """An iterable of training batches that measures what each step on them used, and ends when the search is over."""
 
     def __init__(
-        self, trainer: Trainer, example_batch: Callable[[int], Any], memory: float | None, max_size: int | None
+        self,
+        trainer: Trainer,
+        example_batch: Callable[[int], Any],
+        memory: float | None,
+        max_size: int | None,
+        step_period: int,
     ) -> None:
         self.trainer = trainer
+        self._step_period = step_period
         self.search: Search | None = None
         self._example_batch = example_batch
         self._limit = None if memory is None else round(memory * GIB)
@@ -278,7 +288,8 @@ class _Trials(Callback):
         self.trainer.should_stop = True
 
     def _step(self) -> Iterator[Any]:
-        for _ in range(self.trainer.accumulate_grad_batches):
+        # as many as are not alike
+        for _ in range(self._step_period * self.trainer.accumulate_grad_batches):
             yield self._example_batch(self._size)
 
     def _warm_up(self) -> Iterator[Any]:
@@ -351,7 +362,8 @@ class _Batches(LightningDataModule):
 
 def _strip(trainer: Trainer, trials: _Trials) -> None:
     """Leave of the Trainer what a step needs: nothing is written, evaluated or shown."""
-    kept = [callback for callback in vars(trainer)["callbacks"] if isinstance(callback, WeightAveraging)]
+    averaging = (WeightAverage, WeightAveraging)
+    kept = [callback for callback in vars(trainer)["callbacks"] if isinstance(callback, averaging)]
     trainer.callbacks = [trials, *kept, ProcessWatch()]  # type: ignore[attr-defined]  # set by the connectors
     trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined]
     trainer.overfit_batches = 0.0  # type: ignore[attr-defined]

@@ -37,7 +37,7 @@ def assume(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def at_most(mask: Tensor, number: int) -> Tensor:
-    """Return a mask of which it is known henceforth that no more elements are true, also when it is joined to others."""
+    """Return a mask of which it is known henceforth that no more elements are true, also when it is joined."""
     mask._most_true = min(number, mask.numel())  # type: ignore[attr-defined]
     return mask
 

@@ -25,6 +25,7 @@ from lightning_bigmodels.planner.corrections import on_cuda, use_cuda_defaults
 from lightning_bigmodels.planner.detections import assume_detections
 from lightning_bigmodels.planner.fusion import fuse
 from lightning_bigmodels.planner.trace import StepTrace, Transfer
+from lightning_bigmodels.planner.workspace import cpu_workspace
 from lightning_bigmodels.strategies.precision import with_true_precision
 from lightning_bigmodels.tasks import Task
 
@@ -224,7 +225,7 @@ def simulate(
     Raises:
         InputError: the strategy cannot be simulated, or an operation hangs on values.
     """
-    trace = StepTrace(block_size)
+    trace = StepTrace(block_size, None if like_cuda else cpu_workspace)
     model = copy.deepcopy(model)
     if isinstance(model, Task):
         model.uses_no_data = True
@@ -232,7 +233,7 @@ def simulate(
         model.unfreeze_after = 0.0  # type: ignore[assignment]  # what all of the network needs, once it learns
     if setting.activation_checkpointing is not None:
         model.activation_checkpointing = setting.activation_checkpointing  # type: ignore[assignment]
-    # in the first steps the optimizers make their state, for which one batch each will do. In the second batch of a step
+    # in the first steps the optimizers make their state, for which a batch each will do. In the second batch of a step
     # gradients are there in the backward pass: more batches need no more memory
     first_batch = 2 * getattr(model, "step_period", 1) - 1
     num_batches = first_batch + min(2, setting.accumulate_grad_batches)

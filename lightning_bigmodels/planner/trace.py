@@ -106,6 +106,7 @@ class StepTrace(TorchDispatchMode):
 
     Args:
         block_size: Bytes that an allocator's blocks are a multiple of, 512 on CUDA.
+        workspace: From an operation, its arguments and its result to the bytes that it holds while it runs.
 
     Attributes:
         phase: What the step is at; set by who runs it.
@@ -117,9 +118,12 @@ class StepTrace(TorchDispatchMode):
         assumptions: Names of operations whose result hangs on values, and was assumed.
     """
 
-    def __init__(self, block_size: int = 1) -> None:
+    def __init__(
+        self, block_size: int = 1, workspace: Callable[[Any, tuple[Any, ...], Any], int] | None = None
+    ) -> None:
         super().__init__()
         self.block_size = block_size
+        self._workspace = workspace
         self.phase: Phase = "forward"
         self._held: dict[int, _Held] = {}
         self._sums: Counter[Kind] = Counter()
@@ -246,6 +250,9 @@ class StepTrace(TorchDispatchMode):
             for storage in storages(tensor):
                 if storage._cdata not in self._held:
                     self._follow(storage, kind)
+        if self._workspace is not None and (size := self._workspace(operator, args, result)):
+            self._change("temporary", size)
+            self._change("temporary", -size)
         if operator.namespace in _IN_PLACE:
             self._note_buffers([*outputs, *tensors_in(kwargs.get("out", ()))])
         if operator.namespace in _COMMUNICATION[:2]:
