@@ -22,7 +22,15 @@ from lightning.pytorch.loggers import Logger
 from typing_extensions import override
 
 from lightning_bigmodels import data, modules, runs
-from lightning_bigmodels.callbacks import BadNumbers, Fairness, PredictionWriter, Preemption, ProcessWatch, RunSummary
+from lightning_bigmodels.callbacks import (
+    BadNumbers,
+    Fairness,
+    PlanCheck,
+    PredictionWriter,
+    Preemption,
+    ProcessWatch,
+    RunSummary,
+)
 from lightning_bigmodels.callbacks.bad_numbers import BadNumbersError
 from lightning_bigmodels.callbacks.preemption import PreemptedError, own_exit_code
 from lightning_bigmodels.cli_checkpoints import find_checkpoint, is_option, model_of, names_model, without_model_options
@@ -40,7 +48,7 @@ from lightning_bigmodels.trainer import Trainer
 _PACKAGES = (modules, data)
 _NOISE = ("💡 Tip", "GPU available: False", "TPU available: False", "HPU available: False")
 # on in every fit, unless the user's configuration has its own
-_GUARDS: tuple[type[Callback], ...] = (BadNumbers, Preemption, ProcessWatch)
+_GUARDS: tuple[type[Callback], ...] = (BadNumbers, PlanCheck, Preemption, ProcessWatch)
 _CHECKPOINT_HELP = "Checkpoint to load: a path, or best or last of the latest run of fit."
 _FIT_CHECKPOINT_HELP = (
     "Go on from a checkpoint: last continues the latest run in its folder; best or a path starts a new run from there."
@@ -234,6 +242,12 @@ class CLI(LightningCLI):
             # Lightning's choice, rich, redraws ten times a second: 10 % of a small network's time on two cores
             callbacks = [*callbacks, TQDMProgressBar(refresh_rate=5)]
         return super()._instantiate_trainer(with_true_precision(config), callbacks)
+
+    def before_fit(self) -> None:
+        """Plan the run while there is no other process; Lightning calls it."""
+        for callback in vars(self.trainer)["callbacks"]:
+            if isinstance(callback, PlanCheck):
+                callback.plan(self.trainer, self.model, self.datamodule)
 
     def _data_argument(self, name: str) -> Any:
         data = self.config[str(self.subcommand)].get("data") or {}

@@ -7,6 +7,7 @@ from lightning_bigmodels.callbacks.confusion_matrix import ConfusionMatrix
 from lightning_bigmodels.callbacks.explain import Explain
 from lightning_bigmodels.callbacks.fairness import Fairness
 from lightning_bigmodels.callbacks.latents import Latents
+from lightning_bigmodels.callbacks.plan_check import PlanCheck
 from lightning_bigmodels.callbacks.predictions import PredictionWriter
 from lightning_bigmodels.callbacks.preemption import Preemption
 from lightning_bigmodels.callbacks.process_watch import ProcessWatch
@@ -25,6 +26,7 @@ __all__ = [
     "Explain",
     "Fairness",
     "Latents",
+    "PlanCheck",
     "PredictionWriter",
     "Preemption",
     "ProcessWatch",
