@@ -73,15 +73,16 @@ class Contract(contract.Contract):
         return {"trainer": self.lengths(), "model": {"init_args": model}, "data": {"init_args": data}}
 
     def baseline(self, data_args):
-        """Return the loss of a network that says that there is no noise."""
+        """Return the loss of a network that says nothing."""
+        # of latents it is asked for the noise
         return 1.0 if data_args["aspect_buckets"] else self._of_velocity(data_args)
 
     def _of_velocity(self, data_args):
-        """Return the mean square of the velocity under the cosine schedule, half of which is that of pixels."""
+        """Return the mean square of the way from pixels to noise."""
         data = CaptionedImages(**data_args)
         data.setup("fit")
         pixels = torch.cat([batch["images"] for batch in data.val_dataloader()]).float() / 127.5 - 1
-        return 0.5 + 0.5 * float(pixels.square().mean())
+        return 1 + float(pixels.square().mean())
 
     def better(self, found, baseline):
         return found[-1] < 0.9 * baseline and found[-1] < found[0]

@@ -38,7 +38,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert len(modules) > 20
     assert len(recipes) >= 3
     package = {name for name in names if not name.startswith(f"{folder}/")}
-    assert package == modules | recipes | {"lightning_bigmodels/py.typed"}
+    others = {"py.typed", "planner/hardware.csv", "planner/memory.html"}
+    assert package == modules | recipes | {f"lightning_bigmodels/{name}" for name in others}
     assert f"{folder}/licenses/LICENSE" in names
     assert "bigmodels = lightning_bigmodels.__main__:main" in entry_points
     assert f"\nVersion: {lightning_bigmodels.__version__}\n" in metadata

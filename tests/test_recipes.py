@@ -50,7 +50,7 @@ PARAMETERS = {
     "text/llama_8b": 8_030_261_248,
     "text/quickstart": 2_558_144,
     "text_to_image/latent_diffusion": 1_066_235_307,
-    "text_to_image/shapes": 4_096_460,
+    "text_to_image/shapes": 2_445_132,
 }
 RECIPES = {recipe.name: recipe for recipe in list_recipes()}
 every_recipe = pytest.mark.parametrize("name", sorted(PARAMETERS))

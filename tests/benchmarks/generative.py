@@ -9,10 +9,10 @@ one by one, batches of 16, float32, AdamW with 1e-4, betas 0.95 and 0.999 and we
 networks that ours trains, and none of their code is copied.
 
 Ours is the recipe: its model, batches, optimizers, precision and average of the weights. One contestant runs after the
-other, on a machine that should do nothing else, and stops when its time is up. Then both make pictures of the same
-numbers, and these are compared with real ones (FID; lower is better) by pixels and, if a checkpoint of an
-`ImageClassifier` is given, by what that sees. Diffusion models are sampled in the same way on both sides, as the recipe
-does.
+other, on a machine that should do nothing else, and stops when its time is up. Both schedules are laid over that time,
+not over a number of steps that nobody knows before. Then both make pictures of the same numbers, and these are compared
+with real ones (FID; lower is better) by pixels and, if a checkpoint of an `ImageClassifier` is given, by what that
+sees. Diffusion models are sampled in the same way on both sides, as the recipe does.
 
     python tests/benchmarks/generative.py --root FOLDER --features fashion.ckpt  # about twelve minutes on two cores
     python tests/benchmarks/generative.py --root FOLDER --quick                  # only shows that all runs
@@ -20,6 +20,7 @@ does.
 
 import argparse
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,18 +35,21 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import lightning_bigmodels
 from lightning_bigmodels.callbacks import WeightAverage
 from lightning_bigmodels.callbacks.picture_features import PIXELS, load_features, metric_name
+from lightning_bigmodels.optim import ScheduleCallable
 from lightning_bigmodels.recipe_files import find_config
 from lightning_bigmodels.tasks.sample_comparison import SampleComparison
 from lightning_bigmodels.tasks.sample_noise import SampleNoise
 
 FASTER = 1.2
-WARMUP = 5  # steps
+WARMUP = 20  # steps
+PARTS = 10_000  # of a contestant's time, which schedules take for its steps
 EXAMPLE = {"prediction": "epsilon", "noise_schedule": "linear", "min_snr_gamma": None, "channels_last": False}
 
 
@@ -66,6 +70,11 @@ class Clock:
     @property
     def rate(self) -> float:
         return self.images / self.used
+
+    @property
+    def share(self) -> float:
+        """Of the time, from 0 to 1."""
+        return min(1.0, self.used / self.seconds)
 
     def step(self, images: int) -> bool:
         """Count a step, and return whether there is time left."""
@@ -134,18 +143,38 @@ class _Timed(Callback):
             trainer.should_stop = True
 
 
+def by_the_clock(schedule: ScheduleCallable, clock: Clock) -> ScheduleCallable:
+    """Return a schedule that is as far as the time is."""
+
+    def make(optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
+        made = schedule(optimizer, PARTS)
+        step = made.step
+
+        def step_to_now() -> None:
+            made.last_epoch = int(clock.share * PARTS) - 1
+            step()
+
+        made.step = step_to_now  # type: ignore[method-assign]
+        return made
+
+    return make
+
+
 Maker = Callable[[Tensor], Tensor]
-Opponent = Callable[[Any, Tensor, Clock, int], Maker]
+Opponent = Callable[[Any, Tensor, Clock], Maker]
 
 
-def ours(recipe: Recipe, clock: Clock, max_steps: int) -> Maker:
+def ours(recipe: Recipe, clock: Clock) -> Maker:
     """Train the recipe in `fit`, and return what makes pictures of numbers."""
     seed_everything(0, verbose=False)
     model = recipe.model()
+    for name in ("schedule", "discriminator_schedule"):
+        if getattr(model, name, None) is not None:
+            setattr(model, name, by_the_clock(getattr(model, name), clock))
     average = [] if recipe.average is None else [WeightAverage(**recipe.average)]
     trainer = Trainer(
         accelerator="cpu",
-        max_steps=max_steps,
+        max_steps=10**6,
         precision=recipe.precision,
         limit_val_batches=0,
         logger=False,
@@ -178,7 +207,7 @@ def epochs(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
         yield from loader
 
 
-def after_dcgan(model: Any, pictures: Tensor, clock: Clock, total_steps: int, batch_size: int = 128) -> Maker:
+def after_dcgan(model: Any, pictures: Tensor, clock: Clock, batch_size: int = 128) -> Maker:
     """Train the generator and the discriminator of a GAN as PyTorch's public example does."""
     size = model.image_shape[1]
     steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]
@@ -211,10 +240,9 @@ def after_dcgan(model: Any, pictures: Tensor, clock: Clock, total_steps: int, ba
     return generate
 
 
-def after_diffusers(model: Any, pictures: Tensor, clock: Clock, total_steps: int, batch_size: int = 16) -> Maker:
+def after_diffusers(model: Any, pictures: Tensor, clock: Clock, batch_size: int = 16) -> Maker:
     """Train the network of a diffusion model as diffusers' example does; `model` samples by the same schedule."""
     from diffusers import DDPMScheduler
-    from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
     size = model.image_shape[1]
@@ -225,7 +253,7 @@ def after_diffusers(model: Any, pictures: Tensor, clock: Clock, total_steps: int
     network = model.network.train()
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-    rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=total_steps)
+    rate = LambdaLR(optimizer, lambda step: min(1.0, step / 500) * 0.5 * (1 + math.cos(math.pi * clock.share)))
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     for clean in epochs(loader):
         noise = torch.randn_like(clean)
@@ -264,19 +292,11 @@ class Judge:
 def contest(title: str, recipe: Recipe, opponent: Opponent, judge: Judge, seconds: float) -> None:
     """Run both, and say how many pictures each trained on and how well it paints."""
 
-    def run(place: int, clock: Clock, steps: int) -> Maker:
-        if place == 0:
-            return ours(recipe, clock, steps)
-        return opponent(recipe.opponents_model(), recipe.pictures, clock, steps)
-
     print(f"\n{title}, {seconds:.0f} s each")
     clocks, results = [], []
     for place, name in enumerate(("ours", "theirs")):
-        # schedules need the number of steps, which a trial tells
-        trial = Clock(seconds / 12)
-        run(place, trial, 10**6)
         clock = Clock(seconds)
-        maker = run(place, clock, int(trial.steps / trial.used * seconds) + WARMUP)
+        maker = ours(recipe, clock) if place == 0 else opponent(recipe.opponents_model(), recipe.pictures, clock)
         clocks.append(clock)
         results.append(judge(maker))
         values = "".join(f"   FID by {features} {value:.3f}" for features, value in results[-1].items())

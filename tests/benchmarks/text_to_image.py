@@ -26,7 +26,7 @@ from lightning_bigmodels.data.vision.shapes import COLOURS, SHAPES, Object, Scen
 from lightning_bigmodels.optim import WarmupCosine
 from lightning_bigmodels.pictures import captioned, wrapped
 
-SIZE = 32
+SIZE = 24
 GROUND = 20
 NAMES = [str(Object(colour, shape)) for colour in COLOURS for shape in SHAPES]
 OTHER = "something else"
