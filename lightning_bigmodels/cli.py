@@ -7,6 +7,7 @@ from argparse import SUPPRESS
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +310,7 @@ def run(argv: Sequence[str]) -> None:
 
 def _with_values(args: Sequence[str]) -> list[str]:
     """Return a command line whose `--json` has the value that jsonargparse wants (4.53)."""
-    valued = zip(args, (*args[1:], ""), strict=True)
+    valued = zip_longest(args, args[1:])
     return ["--json=true" if arg == "--json" and after not in ("true", "false") else arg for arg, after in valued]
 
 
