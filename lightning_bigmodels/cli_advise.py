@@ -1,11 +1,9 @@
 """`bigmodels advise`: the look, the ranking and the plans put together, with recipes built as `fit` builds them."""
 
 import json
-import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -52,8 +50,7 @@ def advise(given: Arguments) -> None:
     builder = Builder()
     sizes = {recipe.name: builder.num_parameters(recipe) for recipe in recipes if recipe.task == "language model"}
     ranked = rank(facts, recipes, tasks, sizes)
-    with _quiet():
-        planned = _plan_best(ranked, facts, hardware, given, builder)
+    planned = _plan_best(ranked, facts, hardware, given, builder)
     names = {each.candidate.recipe.name for each in planned}
     others = [each for each in ranked if each.recipe.name not in names]
     if given.json:
@@ -173,18 +170,6 @@ def _factor(plan: Plan) -> int:
     while factor < plan.setting.batch_size and growing / factor > room:
         factor *= 2
     return factor
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what Lightning tells of each Trainer: those of plans run nothing."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _say(message: str) -> None:

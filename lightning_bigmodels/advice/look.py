@@ -102,7 +102,7 @@ def _look_at_file(file: Path) -> Facts:
 def _look_at_json(path: Path, file: Path, val: Path | None = None) -> Facts:
     """Look at a COCO file, whose pictures lie beside it or in a folder of another name."""
     content = read_json(file)
-    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
+    if not _has_instances(content):
         found = ", ".join(list(content)[:8]) if isinstance(content, dict) else f"a {type(content).__name__}"
         raise InputError(
             f"--data {file} holds {found}, and of .json files COCO's instances are known (images, annotations, "
@@ -279,9 +279,12 @@ def _one_kind(folder: Path, families: dict[str, list[Path]]) -> str:
 
 def _is_coco(file: Path) -> bool:
     try:
-        content = read_json(file)
+        return _has_instances(read_json(file))
     except InputError:
         return False
+
+
+def _has_instances(content: Any) -> bool:
     return isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys()
 
 

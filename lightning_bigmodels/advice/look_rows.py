@@ -9,7 +9,7 @@ from typing import Any
 from lightning_bigmodels.advice.columns import Roles, describe, is_empty, roles_of, target_of
 from lightning_bigmodels.advice.facts import Facts
 from lightning_bigmodels.advice.look_pictures import look_at_boxes, look_at_captions, look_at_classes
-from lightning_bigmodels.advice.look_text import look_at_text
+from lightning_bigmodels.advice.look_text import COMPRESSED, look_at_text
 from lightning_bigmodels.data.text_files import first_rows, kind, num_rows
 from lightning_bigmodels.data.vision.captions import CaptionColumns
 from lightning_bigmodels.data.vision.sources import Reading
@@ -93,10 +93,7 @@ def _read(path: Path) -> tuple[dict[str, Sequence[Any]], int, list[str]]:
     columns: dict[str, Sequence[Any]]
     if kind(path) == ".jsonl":
         rows = first_rows(path, _ROWS)
-        columns = {
-            name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)
-        }
-        return columns, *_extrapolated(path, rows)
+        return _by_columns(rows), *_extrapolated(path, rows)
     notes: list[str] = []
     total = 0
     with noting_refusals() as refused:
@@ -136,7 +133,6 @@ def _extrapolated(path: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[int, l
     if len(rows) < _ROWS:
         return len(rows), []
     size = sum(len(json.dumps(row, ensure_ascii=False).encode()) + 1 for row in rows) / len(rows)
-    # text is compressed to about a third
-    factor = 1 if path.suffix.lower() == ".jsonl" else 3
+    factor = 1 if path.suffix.lower() == ".jsonl" else COMPRESSED
     total = max(len(rows), round(factor * path.stat().st_size / size))
     return total, [f"looked at the first {len(rows):,} rows; their number is an estimate"]

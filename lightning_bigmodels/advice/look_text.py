@@ -13,7 +13,7 @@ from lightning_bigmodels.errors import InputError
 _WHOLE = 32 * 2**20
 """Bytes of files up to which all of them are read."""
 _ROWS = 1000
-_COMPRESSED = 3
+COMPRESSED = 3
 """How many times larger text is than what gzip and Zstandard make of it, about."""
 _LATIN = "latin-1"
 
@@ -95,7 +95,7 @@ def _measure(corpus: Corpus) -> tuple[Sequence[int], int, int, bool]:
 
 
 def _estimate(file: Path, corpus: Corpus) -> tuple[list[int], int, int]:
-    size = file.stat().st_size * (_COMPRESSED if file.suffix.lower() in COMPRESSIONS else 1)
+    size = file.stat().st_size * (COMPRESSED if file.suffix.lower() in COMPRESSIONS else 1)
     if kind(file) not in (".jsonl", ".parquet"):
         _check_encoding(file, corpus.encoding)
         return [size], size, 1

@@ -1,7 +1,6 @@
 """A plan before a run, and how far it is from the run's first steps."""
 
 import json
-import logging
 import time
 from statistics import median
 from typing import Any, Literal
@@ -13,10 +12,10 @@ from typing_extensions import override
 
 from lightning_bigmodels.callbacks.report import run_folder
 from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.peak_memory import GIB
 
 FILE_NAME = "plan_check.json"
 _STEPS = 10
-_GIB = 2**30
 
 
 class PlanCheck(Callback):
@@ -54,27 +53,21 @@ class PlanCheck(Callback):
         from lightning_bigmodels.planner.hardware import find_hardware
         from lightning_bigmodels.planner.plan import make_plan
 
-        log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-        level = log.level
-        log.setLevel(logging.ERROR)  # what Lightning says of the Trainer that only plans
         try:
             hardware = find_hardware(self.hardware or (_gpu_name() if on_gpu else "cpu"))
             with isolate_rng(include_cuda=False):
                 plan = make_plan(model, datamodule, setting_of(trainer, datamodule), hardware)
         except InputError as error:
-            log.setLevel(level)
             rank_zero_info(f"the run is not compared with a plan: {error}")
             return
-        finally:
-            log.setLevel(level)
         room = plan.room
         if not room.fits:
             rank_zero_warn(
-                f"the plan says that this run does not fit: it needs {room.used / _GIB:.2f} GiB, give or take "
-                f"{room.uncertainty / _GIB:.2f}, and {hardware.name} has {room.memory / _GIB:.2f}; bigmodels plan with "
+                f"the plan says that this run does not fit: it needs {room.used / GIB:.2f} GiB, give or take "
+                f"{room.uncertainty / GIB:.2f}, and {hardware.name} has {room.memory / GIB:.2f}; bigmodels plan with "
                 f"the same flags finds changes that fit"
             )
-        self._planned = {"step_seconds": plan.time.seconds, "gib": room.allocated / _GIB}
+        self._planned = {"step_seconds": plan.time.seconds, "gib": room.allocated / GIB}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,7 +89,7 @@ class PlanCheck(Callback):
         planned, self._planned = self._planned, None
         real = {"step_seconds": median(b - a for a, b in zip(self._ends, self._ends[1:], strict=False))}
         if device.type == "cuda":
-            real["gib"] = torch.cuda.max_memory_allocated(device) / _GIB
+            real["gib"] = torch.cuda.max_memory_allocated(device) / GIB
         self._tell(trainer, {name: planned[name] for name in real}, real)
 
     def _tell(self, trainer: Trainer, planned: dict[str, float], real: dict[str, float]) -> None:

@@ -85,12 +85,15 @@ def changed_flags(old: Setting, new: Setting) -> list[str]:
 
 def replicas(setting: Setting) -> int:
     """Return how many processes see data of their own; those that split a layer see the same."""
+    return setting.world_size // tensor_parallel_size(setting)
+
+
+def tensor_parallel_size(setting: Setting) -> int:
+    """Return over how many processes a layer is split, by the strategy's name."""
     name = setting.strategy
     if name == "tp":
-        return setting.num_nodes
-    if name.startswith("fsdp2_tp"):
-        return setting.world_size // int(name.removeprefix("fsdp2_tp"))
-    return setting.world_size
+        return setting.devices
+    return int(name.removeprefix("fsdp2_tp")) if name.startswith("fsdp2_tp") else 1
 
 
 def _count_devices(devices: Any) -> int:

@@ -7,8 +7,9 @@ from importlib import resources
 from pathlib import Path
 
 from lightning_bigmodels.errors import InputError, require
+from lightning_bigmodels.peak_memory import GIB
 from lightning_bigmodels.planner.plan import Plan, kinds_of
-from lightning_bigmodels.planner.report import GIB, title, verdict
+from lightning_bigmodels.planner.report import title, verdict
 from lightning_bigmodels.planner.trace import Kind, Phase
 
 PNG_NAME, HTML_NAME, JSON_NAME = "memory.png", "memory.html", "plan.json"

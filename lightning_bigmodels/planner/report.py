@@ -3,11 +3,12 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from lightning_bigmodels.peak_memory import GIB
 from lightning_bigmodels.planner.plan import Length, Plan, kinds_of
 from lightning_bigmodels.planner.search import Trial
 from lightning_bigmodels.planner.simulation import Setting
 
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
 _LEAST = 0.01
 """Share of a step's time that is worth a word."""
 _WIDTH, _LINE = 17, 100

@@ -2,25 +2,25 @@
 
 from dataclasses import dataclass
 
+from lightning_bigmodels.peak_memory import GIB
 from lightning_bigmodels.planner.allocator import reserved_bytes
 from lightning_bigmodels.planner.hardware import Hardware
 from lightning_bigmodels.planner.simulation import Setting
 from lightning_bigmodels.planner.trace import StepTrace
 
-_GIB = 2**30
 _WORKSPACE = 2**26
 """cuBLAS takes 32 MiB for the forward pass and as much for the backward pass of Hopper, and a quarter of it of others
 (torch's notes on CUDA semantics, cuBLAS workspaces)."""
 _HOLES = 0.02
 """Holes that the order of a trace does not show; set by AO-1 of tests/benchmarks/planner_rows.csv."""
-_CONTEXT = int(0.9 * _GIB)
+_CONTEXT = int(0.9 * GIB)
 """The driver's context and loaded kernels: the middle of 0.5 to 1.3 GiB, as seen with newer and older torch."""
-_COMMUNICATION = int(1.3 * _GIB)
+_COMMUNICATION = int(1.3 * GIB)
 """NCCL's buffers with more than one process: 1 to 2 GiB were seen."""
 _UNCERTAIN = 0.08
 """Share by which more may be reserved, besides half a GiB for context and communication: the median error of
 tests/benchmarks/planner.py."""
-_PROCESS = int(0.4 * _GIB)
+_PROCESS = int(0.4 * GIB)
 """What a process on a CPU takes besides tensors: 0.2 to 0.5 GiB were measured."""
 
 
@@ -67,4 +67,4 @@ def estimate_room(trace: StepTrace, setting: Setting, hardware: Hardware) -> Roo
     allocated += _WORKSPACE
     reserved = int(max(allocated, reserved_bytes(trace) + _WORKSPACE) * (1 + _HOLES))
     used = reserved + _CONTEXT + (_COMMUNICATION if setting.world_size > 1 else 0)
-    return Room(allocated, reserved, used, int(_UNCERTAIN * reserved) + _GIB // 2, hardware.memory)
+    return Room(allocated, reserved, used, int(_UNCERTAIN * reserved) + GIB // 2, hardware.memory)

@@ -1,6 +1,7 @@
 """Steps of a run on tensors without memory, as the first of any number of processes."""
 
 import copy
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -237,8 +238,9 @@ def simulate(
     # gradients are there in the backward pass: more batches need no more memory
     first_batch = 2 * getattr(model, "step_period", 1) - 1
     num_batches = first_batch + min(2, setting.accumulate_grad_batches)
-    trainer = _trainer(setting, _Watch(trace, first_batch, num_batches, like_cuda))
     with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        trainer = _trainer(setting, _Watch(trace, first_batch, num_batches, like_cuda))
         stack.enter_context(_process_group(trainer.strategy, setting.world_size))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if "transformers" in sys.modules:
@@ -253,6 +255,18 @@ def simulate(
         _set_up_without_memory(trainer.strategy, trace, stack, like_cuda, setting.averages_weights)
         trainer.fit(model, datamodule=_Batches(datamodule, setting.batch_size, num_batches))
     return trace
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to itself what Lightning says of a Trainer that only plans."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _trainer(setting: Setting, watch: Callback) -> Trainer:

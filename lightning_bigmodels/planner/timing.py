@@ -5,9 +5,11 @@ from typing import Literal
 
 import torch
 
+from lightning_bigmodels.planner.flags import tensor_parallel_size
 from lightning_bigmodels.planner.hardware import Hardware
 from lightning_bigmodels.planner.simulation import Setting
 from lightning_bigmodels.planner.trace import Operation, Phase, StepTrace, Transfer
+from lightning_bigmodels.planner.traffic import repetitions
 
 Bound = Literal["compute", "memory", "network", "launches"]
 
@@ -93,7 +95,7 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
             flops += operation.flops * count * repeats
             if phase == "forward":
                 model_flops += 3.0 * operation.flops * count * repeats
-        beside, between, piece = _sending_time(trace, phase, setting, hardware, repeats)
+        beside, between, piece = _sending_time(trace, phase, setting, hardware)
         sending += beside + between
         spent["network"] += between + max(piece, beside - busy)
     total = sum(spent.values())
@@ -139,24 +141,19 @@ def _in_tf32(name: str) -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def _sending_time(
-    trace: StepTrace, phase: Phase, setting: Setting, hardware: Hardware, repeats: float
-) -> tuple[float, float, float]:
+def _sending_time(trace: StepTrace, phase: Phase, setting: Setting, hardware: Hardware) -> tuple[float, float, float]:
     """Return seconds of what passes beside computing, of what computing waits for, and of the longest of the former."""
     beside = between = piece = 0.0
     for transfer, count in trace.transfers.items():
         if transfer.phase != phase or transfer.processes < 2:
             continue
         seconds = _transfer_time(transfer, setting, hardware)
+        all_of_them = seconds * count * repetitions(transfer, setting)
         if _is_tensor_parallel(transfer):
-            between += seconds * count * repeats
-            continue
-        piece = max(piece, seconds)
-        if setting.strategy.startswith("ddp") or setting.strategy == "auto":
-            # gradients are summed in the last batch only
-            beside += seconds * count / min(2, setting.accumulate_grad_batches)
+            between += all_of_them
         else:
-            beside += seconds * count * repeats
+            piece = max(piece, seconds)
+            beside += all_of_them
     return beside, between, piece
 
 
@@ -171,7 +168,7 @@ def _transfer_time(transfer: Transfer, setting: Setting, hardware: Hardware) -> 
     Rings of the processes of a node leave it by as many network adapters as it has of them.
     """
     processes = transfer.processes
-    tensor_parallel = _tensor_parallel_size(setting)
+    tensor_parallel = tensor_parallel_size(setting)
     members = setting.devices if processes == setting.world_size else setting.devices // tensor_parallel
     if _is_tensor_parallel(transfer) and processes == tensor_parallel:
         members = min(tensor_parallel, setting.devices)
@@ -183,15 +180,6 @@ def _transfer_time(transfer: Transfer, setting: Setting, hardware: Hardware) -> 
     passes = 2 if "reduce" in transfer.name and "scatter" not in transfer.name else 1
     size = passes * transfer.size * (processes - 1) / processes
     return size / (bandwidth * _LINK_EFFICIENCY) + _LATENCY_SECONDS * (1 + nodes / 8)
-
-
-def _tensor_parallel_size(setting: Setting) -> int:
-    """Return over how many processes a layer is cut, by the strategy's name."""
-    name = setting.strategy
-    if name == "tp":
-        return setting.devices
-    _, found, size = name.rpartition("_tp")
-    return int(size) if found and size.isdigit() else 1
 
 
 def _precision_dtype(precision: str) -> torch.dtype:

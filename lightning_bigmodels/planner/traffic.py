@@ -36,7 +36,7 @@ def traffic_of(trace: StepTrace, setting: Setting) -> dict[str, Traffic]:
     found: dict[str, Traffic] = {}
     for transfer, count in trace.transfers.items():
         kind = kind_of(transfer)
-        calls = round(count * _repetitions(transfer, setting))
+        calls = round(count * repetitions(transfer, setting))
         size = calls * _sent(kind, transfer)
         known = found.get(kind, Traffic(0, 0, 0))
         found[kind] = Traffic(known.calls + calls, known.sent + size, known.received + size)
@@ -57,7 +57,7 @@ def _sent(kind: str, transfer: Transfer) -> int:
     return round((2 if kind == "all-reduce" else 1) * others * transfer.size)
 
 
-def _repetitions(transfer: Transfer, setting: Setting) -> float:
+def repetitions(transfer: Transfer, setting: Setting) -> float:
     """Return how often what was traced happens in the whole step."""
     batches = setting.accumulate_grad_batches
     if transfer.phase == "update":

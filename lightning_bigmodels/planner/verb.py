@@ -1,21 +1,20 @@
 """What `bigmodels plan` does: the plan, changes where it does not fit, and both as text, JSON and pictures."""
 
 import json
-import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_bigmodels.errors import InputError, near
+from lightning_bigmodels.peak_memory import GIB
 from lightning_bigmodels.planner.hardware import find_hardware
 from lightning_bigmodels.planner.picture import JSON_NAME, check_output, write_pictures
 from lightning_bigmodels.planner.plan import Length, Plan, check_not_negative, make_plan
-from lightning_bigmodels.planner.report import GIB, report
+from lightning_bigmodels.planner.report import report
 from lightning_bigmodels.planner.search import Trial, find_changes
 from lightning_bigmodels.planner.simulation import Setting
 
@@ -88,9 +87,8 @@ def answer(
     def replan(setting: Setting) -> Plan:
         return make_plan(model, datamodule, setting, hardware)
 
-    with _quiet():
-        plan = _plan_or_bounds(setting, replan)
-        found = Answer(plan, [] if plan.room.fits else find_changes(plan, model, replan), price=price)
+    plan = _plan_or_bounds(setting, replan)
+    found = Answer(plan, [] if plan.room.fits else find_changes(plan, model, replan), price=price)
     steps, found.hint = _steps(trainer, samples)
     if steps is not None or samples is not None:
         found.length = plan.length(steps, samples, price)
@@ -104,17 +102,13 @@ def _plan_or_bounds(setting: Setting, replan: Callable[[Setting], Plan]) -> Plan
     name = setting.strategy
     if not name.startswith(_BETWEEN_FSDP2_AND_DDP) or name.startswith("fsdp2"):
         return replan(setting)
-    peaks = {other: replan(_with_strategy(setting, other)).room.allocated for other in ("fsdp2", "ddp")}
+    peaks = {other: replan(replace(setting, strategy=other)).room.allocated for other in ("fsdp2", "ddp")}
     low = "" if "offload" in name else f"{peaks['fsdp2'] / GIB:,.2f} GiB, as with fsdp2, and "
     raise InputError(
         f"the strategy {name} cannot be simulated without GPUs; at the step's peak a device would have allocated "
         f"{'between ' if low else 'at most '}{low}{peaks['ddp'] / GIB:,.2f} GiB, as with ddp; plan with "
         f"--trainer.strategy fsdp2"
     )
-
-
-def _with_strategy(setting: Setting, strategy: str) -> Setting:
-    return Setting(**{**vars(setting), "strategy": strategy})
 
 
 def _steps(trainer: pl.Trainer, samples: int | None) -> tuple[int | None, str | None]:
@@ -129,15 +123,3 @@ def _steps(trainer: pl.Trainer, samples: int | None) -> tuple[int | None, str | 
         return min(ends), None
     end = "has no end" if epochs in (None, -1) else f"is of {epochs} epochs, whose length is known when data are read"
     return None, f"The run {end}: for its hours and cost give --samples, the rows of all epochs, or --trainer.max_steps"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep to itself what Lightning says of the Trainers that only plan."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
