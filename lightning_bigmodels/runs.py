@@ -184,7 +184,8 @@ def _wandb_logger(folder: Path, name: str) -> WandbLogger | None:
     if not id_file.is_file():
         id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     logger = WandbLogger(
-        save_dir=folder,
+        # W&B's own process, which outlives a run, was perhaps started in another folder
+        save_dir=folder.absolute(),
         id=id_file.read_text(encoding="utf-8").strip(),
         name=name,
         project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),

@@ -247,8 +247,6 @@ def wandb_records(path):
         if kind == 0 and length == 0:
             position += left
             continue
-        if position + 7 + length > len(data):
-            return  # not written to its end
         whole += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a full record, or the last part of one
@@ -273,10 +271,6 @@ def wandb_run(path):
     return history, config, run
 
 
-def is_whole(path):
-    return any(record.WhichOneof("record_type") == "exit" for record in wandb_records(path))
-
-
 def test_wandb_is_offline_without_a_key_and_resumes_under_the_same_id(monkeypatch, capfd):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(runs, "_has_wandb_key", lambda: False)
@@ -290,11 +284,7 @@ def test_wandb_is_offline_without_a_key_and_resumes_under_the_same_id(monkeypatc
     assert "WANDB_MODE" not in os.environ
 
     files = sorted(Path("runs/fit/version_0/wandb").glob("offline-run-*/run-*.wandb"))
-    assert [path.name for path in files] == [f"run-{run_id}.wandb"] * len(files)
-    # its own process writes them, and may still be at it on a busy machine
-    deadline = time.monotonic() + 30
-    while not all(is_whole(path) for path in files) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    assert [path.name for path in files] == [f"run-{run_id}.wandb"] * 2
     records = [wandb_run(path) for path in files]
     logged = [row for history, _, _ in records for row in history]
     assert [row["trainer/global_step"] for row in logged if "train_loss" in row] == list(range(8))
