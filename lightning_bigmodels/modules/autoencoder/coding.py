@@ -102,10 +102,7 @@ class PictureCoding(Task, ABC):
         if self.pretrained is not None:
             whole = read_kl(self.pretrained, self.image_shape, self.latent_dim)
         network = self.new_coder(whole)
-        if self.channels_last and self.device_mesh is None:
-            # FSDP2 takes contiguous weights alone
-            network = network.to(memory_format=torch.channels_last)
-        return network
+        return self.with_channels_last(network) if self.channels_last else network
 
     @override
     def configure_model(self) -> None:

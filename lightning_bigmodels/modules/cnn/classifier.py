@@ -139,10 +139,7 @@ class ImageClassifier(FineTuning, Classification):
         network = self._random_network()
         if self.weights is not None and network.mean.device.type != "meta":
             load_pretrained(network, self.network_name, self.weights, self.channels)
-        if self.channels_last and self.device_mesh is None:
-            # FSDP2 takes contiguous weights alone; there the pictures' layout is enough
-            network = network.to(memory_format=torch.channels_last)
-        return network
+        return self.with_channels_last(network) if self.channels_last else network
 
     @override
     def configure_model(self) -> None:

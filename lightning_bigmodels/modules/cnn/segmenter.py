@@ -146,10 +146,7 @@ class ImageSegmenter(NamedClasses):
                 segmenters.load_backbone(network, self.network_name, self.backbone_weights, self.channels)
             if self.weights is not None:
                 segmenters.load_pretrained(network, self.network_name, self.weights, self.channels)
-        if self.channels_last and self.device_mesh is None:
-            # FSDP2 takes contiguous weights alone; there the pictures' layout is enough
-            network = network.to(memory_format=torch.channels_last)
-        return network
+        return self.with_channels_last(network) if self.channels_last else network
 
     @override
     def configure_model(self) -> None:

@@ -157,10 +157,7 @@ class Diffusion(Denoising):
     @override
     def build_network(self) -> nn.Module:
         network = build_denoiser(self.architecture, self.config, self.pretrained, self.image_shape, self.num_classes)
-        if self.channels_last and self.device_mesh is None:
-            # FSDP2 takes contiguous weights alone; there the pictures' layout is enough
-            network = network.to(memory_format=torch.channels_last)
-        return network
+        return self.with_channels_last(network) if self.channels_last else network
 
     @override
     def configure_model(self) -> None:

@@ -57,6 +57,25 @@ def test_both_losses_are_means_of_the_formulas(loss):
     )
 
 
+def test_channels_last_changes_nothing_but_the_layout():
+    changes = {"image_size": 16, "discriminator_norm": "layer", "gradient_penalty": 1.0}
+    models = [built(**changes, channels_last=last) for last in (False, True)]
+    batch = batch_of(size=16)
+    losses = []
+    for model in models:
+        Noted(model)
+        made = model.make(batch)
+        losses.append((model.discriminator_loss(batch, made.detach()), model.generator_loss(batch, made)))
+        sum(losses[-1]).backward()
+    torch.testing.assert_close(losses[0], losses[1])
+    for name in ("network", "discriminator"):
+        plain, last = (dict(getattr(model, name).named_parameters()) for model in models)
+        for key, weight in plain.items():
+            torch.testing.assert_close(last[key].grad, weight.grad)
+    assert models[1].discriminator.layers[2].weight.is_contiguous(memory_format=torch.channels_last)
+    assert models[1].network.layers[1].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_penalties_are_added_with_their_weights_and_r1_only_at_its_interval():
     batch = batch_of()
     plain = built(discriminator_norm="layer")
