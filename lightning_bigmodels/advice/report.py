@@ -12,11 +12,11 @@ from lightning_bigmodels.advice.facts import LACKING, NAMES, Facts
 from lightning_bigmodels.advice.length import Length
 from lightning_bigmodels.advice.recipe_facts import TASKS, Task
 from lightning_bigmodels.advice.suit import Candidate
+from lightning_bigmodels.peak_memory import GIB
 
 _WIDTH = 100
 _CLASSES = 8
 _COLUMNS = 20
-_GIB = 2**30
 _LOADING = (
     "Times are of training alone. Where pictures are read slower than that, --data.num_workers reads them in more "
     "processes."
@@ -288,7 +288,7 @@ def _value(value: Any) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / _GIB:,.1f}" if size >= _GIB else f"{size / _GIB:,.2f}"
+    return f"{size / GIB:,.1f}" if size >= GIB else f"{size / GIB:,.2f}"
 
 
 def _bytes(size: int) -> str:
