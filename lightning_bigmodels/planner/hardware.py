@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lightning_bigmodels.errors import InputError, near
-from lightning_bigmodels.peak_memory import available_host_memory
+from lightning_bigmodels.peak_memory import GIB, available_host_memory
 
 _TABLE = Path(__file__).with_name("hardware.csv")
 _PEAKS = {
@@ -20,20 +20,16 @@ _PEAKS = {
     "fp16_tflops": torch.float16,
     "fp8_tflops": torch.float8_e4m3fn,
 }
-_NUMBERS = (
-    "memory_gib",
-    "memory_gb_s",
-    *_PEAKS,
-    "tf32_tflops",
-    "product_efficiency",
-    "attention_efficiency",
-    "link_gb_s",
-    "network_gb_s",
-)
-_COLUMNS = ("name", *_NUMBERS, "source")
-# of devices that nothing was calibrated on: between the two that were
-_TYPICAL_PRODUCTS = 0.55
-_TYPICAL_ATTENTION = 0.4
+_NEEDED = ("name", "memory_gib", "memory_gb_s", *_PEAKS, "tf32_tflops", "link_gb_s", "network_gb_s", "source")
+_TYPICAL = {
+    # of devices that nothing was calibrated on: between the two that were
+    "product_efficiency": 0.55,
+    "attention_efficiency": 0.4,
+    # the middle of 0.5 to 1.3 GiB, as seen with newer and older torch
+    "context_gib": 0.9,
+}
+"""What a table may leave out, column or cell, with what is taken then."""
+_NUMBERS = (*(column for column in _NEEDED if column not in ("name", "source")), *_TYPICAL)
 # what older devices lack is computed in the next wider format
 _WIDER = {torch.float8_e4m3fn: torch.bfloat16, torch.float16: torch.bfloat16, torch.bfloat16: torch.float32}
 
@@ -54,6 +50,7 @@ class Hardware:
         link_bandwidth: Bytes per second in one direction, of one device to the others of its node.
         network_bandwidth: Bytes per second in one direction, of one device to other nodes.
         source: Where the numbers are from.
+        context: Bytes that a process takes before its first tensor: the driver's context and loaded kernels.
     """
 
     name: str
@@ -66,6 +63,7 @@ class Hardware:
     link_bandwidth: float
     network_bandwidth: float
     source: str
+    context: int = int(_TYPICAL["context_gib"] * GIB)
 
     def flops_of(self, dtype: torch.dtype | None) -> float:
         """Return the peak for products of a format; of a format that the device lacks, that of a wider one."""
@@ -93,8 +91,7 @@ def find_hardware(name: str, table: str | None = None) -> Hardware:
     if key == "cpu":
         return _this_machine()
     raise InputError(
-        f"no device {name!r} in the table{near(key, [*known, 'cpu'])}; "
-        f"others can be added in a table of your own with the columns {','.join(_COLUMNS)}"
+        f"no device {name!r} in the table; one of your own (--gpu_table) can add it{near(key, [*known, 'cpu'])}"
     )
 
 
@@ -103,7 +100,8 @@ def known_hardware(table: str | None = None) -> dict[str, Hardware]:
 
     Args:
         table: A CSV file of the user's with the columns of the package's `planner/hardware.csv`, whose rows come over
-            those. An empty peak is one that the device lacks, an empty efficiency is that of typical devices.
+            those. An empty peak is one that the device lacks; an empty efficiency or context, or one that the table
+            has no column for, is that of typical devices.
 
     Raises:
         InputError: The table cannot be read; the message names the line.
@@ -118,15 +116,15 @@ def _read(path: Path) -> dict[str, Hardware]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+            missing = [column for column in _NEEDED if column not in (reader.fieldnames or ())]
             if missing:
                 raise InputError(
-                    f"{path}:1: no column {', '.join(missing)} in the hardware table; it needs {','.join(_COLUMNS)}"
+                    f"{path}:1: no column {', '.join(missing)} in the hardware table; it needs {','.join(_NEEDED)}"
                 )
             found = [_row(row, f"{path}:{reader.line_num}") for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(
-            f"the hardware table {path} cannot be read ({error}); name a CSV file with the columns {','.join(_COLUMNS)}"
+            f"the hardware table {path} cannot be read ({error}); name a CSV file with the columns {','.join(_NEEDED)}"
         ) from error
     return {hardware.name: hardware for hardware in found}
 
@@ -137,29 +135,34 @@ def _row(row: dict[str, str | None], place: str) -> Hardware:
         raise InputError(
             f"{place}: the name is {row['name']!r}; give the device one, other than cpu, which is measured"
         )
-    values = {column: _number(row[column], column, place) for column in _NUMBERS}
+    values = {column: _number(row.get(column), column, place) for column in _NUMBERS}
     peaks = {dtype: value * 1e12 for column, dtype in _PEAKS.items() if (value := values[column]) is not None}
 
     def needed(column: str) -> float:
         value = values[column]
         if value is None:
             raise InputError(
-                f"{place}: {column} of {name} is empty; only efficiencies and peaks of formats that it lacks may be"
+                f"{place}: {column} of {name} is empty; only efficiencies, context_gib and peaks of formats that it "
+                f"lacks may be"
             )
         return value
+
+    def typical(column: str) -> float:
+        return values[column] or _TYPICAL[column]
 
     needed("fp32_tflops")
     return Hardware(
         name=name,
-        memory=int(needed("memory_gib") * 2**30),
+        memory=int(needed("memory_gib") * GIB),
         memory_bandwidth=needed("memory_gb_s") * 1e9,
         peak_flops=peaks,
         tf32_flops=(values["tf32_tflops"] or needed("fp32_tflops")) * 1e12,
-        product_efficiency=values["product_efficiency"] or _TYPICAL_PRODUCTS,
-        attention_efficiency=values["attention_efficiency"] or _TYPICAL_ATTENTION,
+        product_efficiency=typical("product_efficiency"),
+        attention_efficiency=typical("attention_efficiency"),
         link_bandwidth=needed("link_gb_s") * 1e9,
         network_bandwidth=needed("network_gb_s") * 1e9,
         source=(row["source"] or "").strip(),
+        context=int(typical("context_gib") * GIB),
     )
 
 

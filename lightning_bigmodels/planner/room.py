@@ -13,8 +13,6 @@ _WORKSPACE = 2**26
 (torch's notes on CUDA semantics, cuBLAS workspaces)."""
 _HOLES = 0.02
 """Holes that the order of a trace does not show; set by AO-1 of tests/benchmarks/planner_rows.csv."""
-_CONTEXT = int(0.9 * GIB)
-"""The driver's context and loaded kernels: the middle of 0.5 to 1.3 GiB, as seen with newer and older torch."""
 _COMMUNICATION = int(1.3 * GIB)
 """NCCL's buffers with more than one process: 1 to 2 GiB were seen."""
 _UNCERTAIN = 0.08
@@ -66,5 +64,5 @@ def estimate_room(trace: StepTrace, setting: Setting, hardware: Hardware) -> Roo
         return Room(allocated, allocated, allocated + _PROCESS, allocated // 20 + _PROCESS // 2, hardware.memory)
     allocated += _WORKSPACE
     reserved = int(max(allocated, reserved_bytes(trace) + _WORKSPACE) * (1 + _HOLES))
-    used = reserved + _CONTEXT + (_COMMUNICATION if setting.world_size > 1 else 0)
+    used = reserved + hardware.context + (_COMMUNICATION if setting.world_size > 1 else 0)
     return Room(allocated, reserved, used, int(_UNCERTAIN * reserved) + GIB // 2, hardware.memory)

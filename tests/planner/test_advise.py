@@ -51,7 +51,10 @@ def test_help_comes_without_torch_and_fits_a_screen():
         (["--plans", "0"], "--plans is 0; set it to 1 or more"),
         (["--gpus", "l4"], "unrecognized arguments: --gpus l4; write: bigmodels advise"),
         (["--data", ""], "--data is empty; name the folder or file that holds your data"),
-        (["--gpu", "h10"], "no device 'h10' in the table; did you mean 'h100'?"),
+        (
+            ["--gpu", "h10"],
+            "no device 'h10' in the table; one of your own (--gpu_table) can add it; did you mean 'h100'?",
+        ),
         (["--data", "nowhere"], "--data nowhere: no such file or folder"),
     ],
 )

@@ -52,8 +52,20 @@ def test_a_user_adds_and_changes_rows(tmp_path):
     assert find_hardware("h100").memory < 80 * 2**30
 
 
+def test_what_only_measurements_know_may_be_left_out(tmp_path):
+    table = tmp_path / "cards.csv"
+    table.write_text(COLUMNS.replace("product_efficiency,attention_efficiency,", "") + V100.replace(",,,,", ",,"))
+    v100 = find_hardware("v100", str(table))
+    assert (v100.product_efficiency, v100.attention_efficiency) == (0.55, 0.4)
+    assert (v100.link_bandwidth, v100.source) == (150e9, "its data sheet")
+    assert v100.context == find_hardware("h100").context == int(0.9 * 2**30)
+    table.write_text(COLUMNS.replace("source", "context_gib,source") + V100.replace("its", "1.25,its"))
+    assert find_hardware("v100", str(table)).context == 1.25 * 2**30
+
+
 def test_what_is_wrong_is_said(tmp_path):
-    with pytest.raises(InputError, match=r"no device 'h1000' in the table; did you mean 'h100'\?; others can be added"):
+    message = r"no device 'h1000' in the table; one of your own \(--gpu_table\) can add it; did you mean 'h100'\?$"
+    with pytest.raises(InputError, match=message):
         find_hardware("h1000")
     table = tmp_path / "cards.csv"
     wrong = {
@@ -61,7 +73,7 @@ def test_what_is_wrong_is_said(tmp_path):
         COLUMNS
         + V100
         + V100.replace("900", "fast"): r"cards.csv:3: memory_gb_s is 'fast'; it must be a number above 0",
-        COLUMNS + V100.replace("900", ""): r"cards.csv:2: memory_gb_s of v100 is empty; only efficiencies and peaks",
+        COLUMNS + V100.replace("900", ""): r"cards.csv:2: memory_gb_s of v100 is empty; only efficiencies, context",
         COLUMNS + V100.replace("15.77", "-1"): r"memory_gib is '-1'; it must be a number above 0",
         COLUMNS + V100.replace("V100", "cpu"): r"cards.csv:2: the name is 'cpu'; give the device one, other than cpu",
     }

@@ -77,7 +77,7 @@ def test_the_command_tells_everything(recipe, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gpu=h10"], "no device 'h10' in the table; did you mean 'h100'"),
+        (["--gpu=h10"], "can add it; did you mean 'h100'?"),
         (["--gpu=h100", "--price=-1"], "--price is -1.0; set it to 0 or more"),
         (["--gpu=h100", "--samples=-5"], "--samples is -5; set it to 0 or more"),
         (["--gpu=h100", "--output=recipe.yaml"], "--output recipe.yaml cannot be written: File exists"),
