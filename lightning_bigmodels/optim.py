@@ -13,6 +13,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.optim_8bit import AdamW8bit as AdamW8bit
 
 ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
 
@@ -65,15 +66,15 @@ class _ShardedMuon(Muon):
         stacked = torch.stack(updates)
         assert isinstance(stacked, DTensor)
         mesh, whole = stacked.device_mesh, [Shard(0)] * stacked.device_mesh.ndim
-        # Newton-Schulz runs in bfloat16 anyhow
-        sent = stacked.bfloat16()
+        # Newton-Schulz runs in bfloat16 anyhow, and on the device where matrices are in host memory
+        sent = stacked.bfloat16().to(mesh.device_type)
         assert isinstance(sent, DTensor)
         mine = sent.redistribute(placements=whole).to_local().to(stacked.dtype)
         steps = DTensor.from_local(
             _orthogonal_steps(mine, group), mesh, whole, run_check=False, shape=stacked.shape, stride=stacked.stride()
         ).redistribute(placements=stacked.placements)
         for p, step in zip(parameters, steps.unbind(0), strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=group["lr"])
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step.to(p.device), alpha=group["lr"])
 
 
 def _orthogonal_steps(updates: Tensor, group: dict[str, Any]) -> Tensor:

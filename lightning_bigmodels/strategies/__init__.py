@@ -11,6 +11,9 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all pr
 StrategyRegistry.register(
     "fsdp2_async", FSDP2Strategy, description="FSDP2 that trains on while it saves", async_checkpoints=True
 )
+StrategyRegistry.register(
+    "fsdp2_offload", FSDP2Strategy, description="FSDP2 with weights and optimizer in host memory", offload=True
+)
 StrategyRegistry.register("tp", FSDP2Strategy, description="Layers split over a node", tensor_parallel_size="auto")
 for _size in (2, 4, 8):
     StrategyRegistry.register(

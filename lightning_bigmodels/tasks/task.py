@@ -27,7 +27,7 @@ from lightning_bigmodels.optim import HIDDEN, OUTPUT, UNDECAYED, ScheduleCallabl
 from lightning_bigmodels.png import Drawn
 from lightning_bigmodels.strategies.batch_norm import synchronize
 from lightning_bigmodels.strategies.clipping import clip_norm, clip_value, on_several_meshes
-from lightning_bigmodels.strategies.fsdp2 import shard
+from lightning_bigmodels.strategies.fsdp2 import keeps_on_host, shard
 from lightning_bigmodels.strategies.precision import check_precision
 from lightning_bigmodels.tasks.exact_resume import ExactResume
 
@@ -176,9 +176,14 @@ class Task(ExactResume, ABC):
             data_parallel = None if mesh is None else mesh["data_parallel"]
             self.network = synchronize(self.network, self.trainer.strategy, data_parallel)
         if mesh is not None:
+            if self.l1_penalty and keeps_on_host(self.trainer.strategy):
+                raise InputError(
+                    "l1_penalty does not work with the strategy fsdp2_offload, under which weights are in host memory "
+                    "while the loss is computed; use fsdp2, or the optimizer's weight_decay"
+                )
             size = mesh["tensor_parallel"].size()
             styles = self.tensor_parallel_plan(size) if size > 1 else {}
-            shard(self.network, mesh, self.blocks(), styles, str(self.trainer.precision))
+            shard(self.network, self.trainer.strategy, self.blocks(), styles, str(self.trainer.precision))
         elif self._trainer is not None and isinstance(self._trainer.strategy, FSDPStrategy):
             self._prepare_for_fsdp1(self._trainer.strategy)
 

@@ -22,11 +22,12 @@ def build():
     return CausalLanguageModel(architecture="llama", config=ONE_LAYER)
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_async", "tp", "fsdp2_tp2", "fsdp2_tp4", "fsdp2_tp8"])
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_async", "fsdp2_offload", "tp", "fsdp2_tp2", "fsdp2_tp4", "fsdp2_tp8"])
 def test_each_name_makes_the_strategy(name):
     strategy = Trainer(strategy=name, accelerator="cpu", devices=2, logger=False).strategy
     assert isinstance(strategy, FSDP2Strategy)
     assert strategy.async_checkpoints == (name == "fsdp2_async")
+    assert strategy.offload == (name == "fsdp2_offload")
 
 
 def sizes(trainer):

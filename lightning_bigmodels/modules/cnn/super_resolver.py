@@ -146,7 +146,7 @@ class SuperResolver(Task):
         if self.adversarial_weight > 0:
             self.discriminator = PatchDiscriminator()
             if self.device_mesh is not None:
-                shard(self.discriminator, self.device_mesh, [], {}, str(self.trainer.precision))
+                shard(self.discriminator, self.trainer.strategy, [], {}, str(self.trainer.precision))
         self._training_network = torch.compile(self.network) if self.compile_network else self.network
 
     @override

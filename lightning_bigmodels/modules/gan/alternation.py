@@ -107,7 +107,7 @@ class Alternation(Task, ABC):
         mesh = self.device_mesh
         if mesh is not None:
             self.discriminator = synchronize(self.discriminator, self.trainer.strategy, mesh["data_parallel"])
-            shard(self.discriminator, mesh, [], {}, str(self.trainer.precision))
+            shard(self.discriminator, self.trainer.strategy, [], {}, str(self.trainer.precision))
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
