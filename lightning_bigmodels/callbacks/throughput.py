@@ -1,13 +1,14 @@
 """Tokens or pictures per second and model FLOPs utilisation, in the loggers and in the progress bar."""
 
 import time
+from functools import cache
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ThroughputMonitor
 from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
-from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
@@ -18,7 +19,7 @@ class Throughput(ThroughputMonitor):
     """Lightning's ThroughputMonitor for batches of tokens or of pictures, needing no functions from the user.
 
     It measures training alone, without the time that validation, samples and checkpoints take. On a CPU, whose peak no
-    table knows, utilisation is relative to a matrix product measured at the start.
+    table knows, utilisation is relative to a matrix product, measured once before the first fit of a process.
 
     Args:
         window_size: Batches over which rates are averaged.
@@ -35,7 +36,8 @@ class Throughput(ThroughputMonitor):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self.available_flops is None and trainer.strategy.root_device.type == "cpu":
+        trains = trainer.state.fn == TrainerFn.FITTING
+        if trains and self.available_flops is None and trainer.strategy.root_device.type == "cpu":
             self.available_flops = measure_matmul_flops(_plugin_to_compute_dtype(trainer.precision_plugin))
             for throughput in self._throughputs.values():
                 throughput.available_flops = self.available_flops
@@ -77,6 +79,7 @@ def _examples(batch: Any) -> Any:
     return next(batch[key] for key in ("input_ids", "images", "indices") if key in batch)
 
 
+@cache
 def measure_matmul_flops(dtype: torch.dtype) -> int:
     """Return the floating-point operations per second of a square matrix product on this CPU, the best of three."""
     a = torch.ones(_MATRIX, _MATRIX, dtype=dtype)
