@@ -1,5 +1,6 @@
 """Floating-point operations of torch's operations, as `torch.utils.flop_counter` has them, and what it lacks."""
 
+import math
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ def count_flops(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], re
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         gradient, query, key, value = _shapes(args[:4])
         return int(sdpa_backward_flop_count(gradient, query, key, value))
+    if packet is aten.convolution_backward:
+        # as many for each gradient as in the forward pass; torch's formula multiplies that by the groups (2.14)
+        gradient, x, weight = _shapes(args[:3])
+        transposed, wanted = args[7], args[10]
+        positions = math.prod((x if transposed else gradient)[2:])
+        return 2 * gradient[0] * positions * math.prod(weight) * sum(wanted[:2])
     formula = flop_registry.get(packet)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 

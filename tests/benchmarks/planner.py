@@ -47,6 +47,11 @@ def llama(vocabulary: int, width: int, inner: int, layers: int, heads: int, grou
     }
 
 
+def litgpt(vocabulary: int, width: int, inner: int, layers: int, heads: int, **more: Any) -> Any:
+    sizes = {"vocabulary": vocabulary, "width": width, "inner": inner, "layers": layers, "heads": heads}
+    return "litgpt", sizes | more
+
+
 NETWORKS = {
     "llama2-7b": llama(32000, 4096, 11008, 32, 32, 32),
     "llama2-13b": llama(32000, 5120, 13824, 40, 40, 40),
@@ -55,7 +60,11 @@ NETWORKS = {
     "llama3.2-3b": llama(128256, 3072, 8192, 28, 24, 8, tied=True),
     "tinyllama": llama(32000, 2048, 5632, 22, 32, 4),
     "gpt2": ("gpt2", {"vocab_size": 50304, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
-    # attention was written out in 2022
+    "litgpt-tinyllama": litgpt(32000, 2048, 5632, 22, 32, groups=4),
+    "litgpt-phi-1.5": litgpt(51200, 2048, 8192, 24, 32, kind="phi", rotated=0.5, rank=8),
+    "litgpt-stablelm-3b": litgpt(50688, 4096, 16384, 16, 32, kind="neox", rotated=0.25, rank=8),
+    "litgpt-llama2-7b": litgpt(32000, 4096, 11008, 32, 32, widened=False, rank=8),
+    "litgpt-llama2-13b": litgpt(32000, 5120, 13824, 40, 40, widened=False, rank=8),
     "bert-large": (
         "bert",
         {
@@ -63,7 +72,7 @@ NETWORKS = {
             "intermediate_size": 4096,
             "num_hidden_layers": 24,
             "num_attention_heads": 16,
-            "attn_implementation": "eager",
+            "attn_implementation": "of_2022",
         },
     ),
 }
@@ -108,8 +117,8 @@ def setting_of(row: dict[str, str]) -> Setting:
 
 
 def trace_of(row: dict[str, str]) -> Any:
-    if row["network"] == "resnet50":
-        classifier = ImageClassifier("resnet50", num_classes=1000, channels=3, image_size=int(row["length"]))
+    if row["network"] not in NETWORKS:
+        classifier = ImageClassifier(row["network"], num_classes=1000, channels=3, image_size=int(row["length"]))
         pictures = Images("sklearn-digits", image_size=int(row["length"]), channels=3)
         return simulate(classifier, pictures, setting_of(row), BLOCK, like_cuda=True)
     architecture, config = NETWORKS[row["network"]]
@@ -119,7 +128,7 @@ def trace_of(row: dict[str, str]) -> Any:
         checkpointing=row["checkpointing"],
         compile=row["compile"] == "yes",
         loss=row["loss"],
-        fused_optimizer=row["optimizer"] == "fused",
+        optimizer=row["optimizer"],
         keep_gradients=row["gradients"] == "kept",
     )
     data = Tokens(int(row["length"]), classes=2 if architecture == "bert" else None)
@@ -129,7 +138,7 @@ def trace_of(row: dict[str, str]) -> Any:
 def predict(row: dict[str, str], trace: Any, hardware: Hardware) -> Prediction:
     setting = setting_of(row)
     step = estimate_time(trace, setting, hardware, compiled=row["compile"] == "yes")
-    units = 1 if row["network"] == "resnet50" else int(row["length"])
+    units = int(row["length"]) if row["network"] in NETWORKS else 1
     units *= setting.batch_size * setting.accumulate_grad_batches
     return Prediction(row, estimate_room(trace, setting, hardware), step, units / step.seconds)
 

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
+from litgpt_networks import Decoder
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.optimization import Adafactor
 
 from lightning_bigmodels.tasks import Task
 
@@ -31,14 +33,21 @@ class Tokens(LightningDataModule):
         return {"input_ids": ids, "labels": labels}
 
 
-def adamw(fused: bool, keep: bool) -> Callable[[Any], Optimizer]:
-    """Return what makes an AdamW that lets go of gradients after each update, as hand-written loops do, unless `keep`.
+def optimizer_of(kind: str, keep: bool) -> Callable[[Any], Optimizer]:
+    """Return what makes an optimizer that lets go of gradients after each update, as hand-written loops do.
 
-    Lightning lets go of them before the next backward pass.
+    Args:
+        kind: `fused`, `foreach` or `loop`, which are AdamW in one kernel, of all parameters at once and of one after
+            the other, or `adafactor`, which is of the last sort.
+        keep: Gradients stay: Lightning lets go of them before the next backward pass.
     """
 
     def make(parameters: Any) -> Optimizer:
-        optimizer = AdamW(parameters, fused=True) if fused else AdamW(parameters)
+        optimizer: Optimizer
+        if kind == "adafactor":
+            optimizer = Adafactor(parameters, lr=5e-5, scale_parameter=False, relative_step=False)
+        else:
+            optimizer = AdamW(parameters, fused=kind == "fused", foreach=kind == "foreach")
         if not keep:
             optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
         return optimizer
@@ -50,14 +59,15 @@ class Published(Task):
     """A network of transformers with its whole logits at once, sharded and checkpointed as torchtitan does.
 
     Args:
-        architecture: Model type in transformers.
+        architecture: Model type in transformers, or `litgpt`.
         config: Its configuration.
         checkpointing: `none`, `full`, `layer` (every second block) or `operation` (within each block every second
             product and attention are kept).
         compile: Whether the blocks are compiled.
-        loss: `plain`, `compiled`, which keeps the logits in their own format alone, or `chunked`, which does so for an
-            eighth of them at a time.
-        fused_optimizer: Whether AdamW is one kernel.
+        loss: `plain`, of float32 logits; `held`, where these are in chunks of 128 and stay until the step is over;
+            `compiled`, which keeps the logits in their own format alone, or `chunked`, which does so for an eighth of
+            them at a time.
+        optimizer: As for `optimizer_of`.
         keep_gradients: Whether gradients are set to zero, as torch 1 did, instead of let go of.
     """
 
@@ -68,18 +78,22 @@ class Published(Task):
         checkpointing: str = "none",
         compile: bool = False,
         loss: str = "plain",
-        fused_optimizer: bool = True,
+        optimizer: str = "fused",
         keep_gradients: bool = False,
     ) -> None:
-        super().__init__(optimizer=adamw(fused_optimizer, keep_gradients), compile=compile)
+        super().__init__(optimizer=optimizer_of(optimizer, keep_gradients), compile=compile)
         self.architecture, self.config, self.checkpointing = architecture, config, checkpointing
         self.activation_checkpointing = checkpointing != "none"
         self.loss, self.keep_gradients = loss, keep_gradients
 
     def build_network(self) -> nn.Module:
-        config = AutoConfig.for_model(self.architecture, use_cache=False, **self.config)
-        auto = AutoModelForSequenceClassification if self.architecture == "bert" else AutoModelForCausalLM
-        network = auto.from_config(config, dtype=torch.get_default_dtype())
+        network: Any
+        if self.architecture == "litgpt":
+            network = Decoder(**self.config)
+        else:
+            config = AutoConfig.for_model(self.architecture, use_cache=False, **self.config)
+            auto = AutoModelForSequenceClassification if self.architecture == "bert" else AutoModelForCausalLM
+            network = auto.from_config(config, dtype=torch.get_default_dtype())
         self.network = network
         every = {"none": 0, "layer": 2}.get(self.checkpointing, 1)
         for number, block in enumerate(self.blocks()):
@@ -99,7 +113,9 @@ class Published(Task):
         if self.network is not None:
             return
         network = self.build_network()
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # parameters in float32 are gathered in bfloat16
+        narrow = torch.get_default_dtype() == torch.bfloat16
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16 if narrow else torch.float32)
         options = {"mesh": self.device_mesh["data_parallel"], "mp_policy": policy}
         parts = [*self.blocks(), network.get_input_embeddings(), network.get_output_embeddings()]
         for part in parts:
@@ -114,6 +130,13 @@ class Published(Task):
         if self.loss == "plain":
             return _cross_entropy(self.network(input_ids=batch["input_ids"]).logits.flatten(0, -2), labels)
         logits = self.network(input_ids=batch["input_ids"]).logits.flatten(0, -2)
+        if self.loss == "held":
+            self.logits = [rows.float() for rows in logits.split(128)]
+            losses = [
+                F.cross_entropy(rows, targets, reduction="none")
+                for rows, targets in zip(self.logits, labels.split(128), strict=True)
+            ]
+            return torch.cat(losses).mean()
         chunks = 8 if self.loss == "chunked" else 1
         parts = zip(logits.chunk(chunks), labels.chunk(chunks), strict=True)
         losses = [_FusedCrossEntropy.apply(rows, targets) for rows, targets in parts]
@@ -122,6 +145,37 @@ class Published(Task):
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels)
+
+
+class _SoftmaxOfTorch1(torch.autograd.Function):
+    """Keeps its input besides its result.
+
+    Before 1.11, torch's formula of the gradient took the input for the sake of its format alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        result = scores.softmax(dim=-1)
+        ctx.save_for_backward(scores, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        scores, result = ctx.saved_tensors
+        return torch._softmax_backward_data(gradients[0], result, -1, scores.dtype)
+
+
+def attention_of_2022(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, as in the BERT of transformers 4.15: a mask in the parameters' format is always added."""
+    scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+    everything = torch.zeros(query.shape[0], 1, 1, key.shape[2], dtype=torch.float32)
+    weights = F.dropout(_SoftmaxOfTorch1.apply(scores + everything), kwargs["dropout"], module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register("of_2022", attention_of_2022)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):

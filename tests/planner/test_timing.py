@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_bigmodels.planner.hardware import Hardware
 from lightning_bigmodels.planner.simulation import Setting
 from lightning_bigmodels.planner.timing import estimate_time
-from lightning_bigmodels.planner.trace import Operation, Transfer
+from lightning_bigmodels.planner.trace import Operation, StepTrace, Transfer
 
 PEAKS = {torch.float32: 1e13, torch.bfloat16: 1e14, torch.float16: 2e14}
 DEVICE = Hardware("device", 2**34, 1e12, PEAKS, 5e13, 0.5, 0.25, 1e11, 1e10, "made up")
@@ -34,6 +35,22 @@ def test_products_take_their_arithmetic_and_copies_their_traffic():
     assert step.mfu == pytest.approx(3e13 / 0.7 / 1e14)
     fused = estimate_time(trace, Setting(precision="bf16-mixed"), DEVICE, compiled=True)
     assert fused.parts["memory"] == pytest.approx(0.035)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_each_gradient_of_a_convolution_costs_what_the_convolution_does(kind, groups):
+    convolution = kind(8, 12, 3, stride=2, groups=groups)
+    trace = StepTrace()
+    with trace:
+        x = torch.ones(2, 8, 9, 9, requires_grad=True)
+        result = convolution(x)
+        trace.phase = "backward"
+        result.sum().backward()
+    flops = {operation.phase: operation.flops for operation in trace.operations if "convolution" in operation.name}
+    places = (x if kind is nn.ConvTranspose2d else result)[0, 0].numel()
+    assert flops["forward"] == 2 * 2 * places * 9 * 8 * 12 / groups
+    assert flops["backward"] == 2 * flops["forward"]
 
 
 def test_float32_is_exact_but_for_convolutions():
