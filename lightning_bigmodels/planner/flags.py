@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
 
 from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.planner.eight_bit import flags_8bit
 from lightning_bigmodels.planner.simulation import Setting
 from lightning_bigmodels.strategies import CompressedDDPStrategy, FSDP2Strategy
 
@@ -64,8 +65,14 @@ def setting_from_lines(lines: Mapping[str, Any], datamodule: Any) -> Setting:
     )
 
 
-def changed_flags(old: Setting, new: Setting) -> list[str]:
-    """Return what to add to the command line to have `new` in place of `old`."""
+def changed_flags(old: Setting, new: Setting, model: Any = None) -> list[str]:
+    """Return what to add to the command line to have `new` in place of `old`.
+
+    Args:
+        old: The setting that the command line is of.
+        new: Another one.
+        model: The model, whose AdamW an optimizer of 8 bits takes over from.
+    """
     names = {
         "batch_size": "data.batch_size",
         "accumulate_grad_batches": "trainer.accumulate_grad_batches",
@@ -80,6 +87,8 @@ def changed_flags(old: Setting, new: Setting) -> list[str]:
         value = getattr(new, field)
         if value != getattr(old, field):
             flags.append(f"--{flag} {str(value).lower() if isinstance(value, bool) else value}")
+    if new.optimizer_8bit and not old.optimizer_8bit:
+        flags += flags_8bit(model)
     return flags
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.planner.eight_bit import SAVED, arguments_8bit
 from lightning_bigmodels.planner.flags import changed_flags, replicas
 from lightning_bigmodels.planner.plan import Plan
 from lightning_bigmodels.planner.simulation import Setting
@@ -55,7 +56,8 @@ def find_changes(plan: Plan, model: Any, replan: Callable[[Setting], Plan]) -> l
 
     First each change alone: smaller batches and as many more of them, activation checkpointing, sharding. What is
     learnt stays the same with them. If none of them fits, those that help are put together. If that is not enough, one
-    of these comes on top, or all: mixed precision, layers split over devices, more devices, weights of 16 bits.
+    of these comes on top, or all: mixed precision, an optimizer of 8 bits, layers split over devices, more devices,
+    weights of 16 bits.
 
     Args:
         plan: One that does not fit.
@@ -71,11 +73,13 @@ class _Search:
     def __init__(self, plan: Plan, model: Any, replan: Callable[[Setting], Plan]) -> None:
         self.trials: list[Trial] = []
         self._first = plan
+        self._model = model
         self._replan = replan
         self._plans: dict[Setting, Plan | None] = {plan.setting: plan}
         self._checkpointing: bool | None = getattr(model, "activation_checkpointing", None)
         # a training step that steps its optimizers itself cannot spread a batch over several
         self._accumulates = bool(getattr(model, "automatic_optimization", True))
+        self._may_use_8bit = arguments_8bit(model) is not None
 
     def run(self) -> None:
         start = self._first.setting
@@ -96,7 +100,7 @@ class _Search:
             setting = change(setting) or setting
         if setting != self._first.setting and self._largest_batch(setting):
             return
-        ways = (_mix_precision, _split, self._spread, _lower_precision)
+        ways = (_mix_precision, self._use_8bit, _split, self._spread, _lower_precision)
         for change in ways:
             if not self._has_found(_ENOUGH):
                 self._climb(setting, change)
@@ -119,7 +123,7 @@ class _Search:
 
     def _try(self, setting: Setting) -> Plan | None:
         if setting not in self._plans:
-            flags = changed_flags(self._first.setting, setting)
+            flags = changed_flags(self._first.setting, setting, self._model)
             try:
                 plan, reason = self._replan(setting), ""
             except InputError as error:
@@ -162,6 +166,14 @@ class _Search:
         if self._checkpointing is not False or setting.activation_checkpointing:
             return None
         return replace(setting, activation_checkpointing=True)
+
+    def _use_8bit(self, setting: Setting) -> Setting | None:
+        """Return the setting with an optimizer of 8 bits, where its state is much of what is held."""
+        plan = self._plans.get(self._with_batch(setting, 1))
+        if plan is None or setting.optimizer_8bit or not self._may_use_8bit:
+            return None
+        saved = SAVED * plan.peak.held.get("optimizer state", 0)
+        return replace(setting, optimizer_8bit=True) if saved > (1 - _HELPS) * plan.room.used else None
 
     def _spread(self, setting: Setting) -> Setting | None:
         """Return the setting on more devices, at most as many as state would need that is divided among them."""

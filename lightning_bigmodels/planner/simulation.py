@@ -12,7 +12,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,6 +23,8 @@ from typing_extensions import override
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner.corrections import on_cuda, use_cuda_defaults
 from lightning_bigmodels.planner.detections import assume_detections
+from lightning_bigmodels.planner.eight_bit import use_8bit
+from lightning_bigmodels.planner.first_process import FirstProcess
 from lightning_bigmodels.planner.fusion import fuse
 from lightning_bigmodels.planner.trace import StepTrace, Transfer
 from lightning_bigmodels.planner.workspace import cpu_workspace
@@ -49,6 +50,7 @@ class Setting:
         gradient_clip_val: As for the Trainer.
         activation_checkpointing: Whether blocks are computed anew in the backward pass; None: as the model says.
         averages_weights: Whether a callback keeps an average of the weights, on the device that trains them.
+        optimizer_8bit: Whether the model's AdamW gives way to one with moments of 8 bits.
     """
 
     strategy: str = "auto"
@@ -60,63 +62,12 @@ class Setting:
     gradient_clip_val: float | None = None
     activation_checkpointing: bool | None = None
     averages_weights: bool = False
+    optimizer_8bit: bool = False
 
     @property
     def world_size(self) -> int:
         """Processes of the run."""
         return self.devices * self.num_nodes
-
-
-class _Environment(ClusterEnvironment):
-    """The first of some processes, the others of which are not there."""
-
-    def __init__(self, world_size: int) -> None:
-        super().__init__()
-        self._world_size = world_size
-
-    @property
-    @override
-    def creates_processes_externally(self) -> bool:
-        return True
-
-    @property
-    @override
-    def main_address(self) -> str:
-        return "127.0.0.1"
-
-    @property
-    @override
-    def main_port(self) -> int:
-        return 0
-
-    @staticmethod
-    @override
-    def detect() -> bool:
-        return False
-
-    @override
-    def world_size(self) -> int:
-        return self._world_size
-
-    @override
-    def set_world_size(self, size: int) -> None:
-        pass
-
-    @override
-    def global_rank(self) -> int:
-        return 0
-
-    @override
-    def set_global_rank(self, rank: int) -> None:
-        pass
-
-    @override
-    def local_rank(self) -> int:
-        return 0
-
-    @override
-    def node_rank(self) -> int:
-        return 0
 
 
 class _WithoutMemory(FakeTensorMode):
@@ -234,6 +185,8 @@ def simulate(
         model.unfreeze_after = 0.0  # type: ignore[assignment]  # what all of the network needs, once it learns
     if setting.activation_checkpointing is not None:
         model.activation_checkpointing = setting.activation_checkpointing  # type: ignore[assignment]
+    if setting.optimizer_8bit:
+        use_8bit(model)
     # in the first steps the optimizers make their state, for which a batch each will do. In the second batch of a step
     # gradients are there in the backward pass: more batches need no more memory
     first_batch = 2 * getattr(model, "step_period", 1) - 1
@@ -304,7 +257,7 @@ def _process_group(strategy: Strategy, world_size: int) -> Iterator[None]:
     if isinstance(strategy, SingleDeviceStrategy):
         yield
         return
-    strategy.cluster_environment = _Environment(world_size)  # type: ignore[attr-defined]
+    strategy.cluster_environment = FirstProcess(world_size)  # type: ignore[attr-defined]
     strategy._launcher = None
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
