@@ -24,8 +24,9 @@ _FUSED_TRAFFIC = 0.35
 """Of the traffic of element-wise operations that compiled code is left with: norms, rotations and gates of Llama's
 blocks read and write each tensor about three times as often one by one. With it and the memory's efficiency, the
 efficiency of products was set: see the table of hardware."""
-_CONVOLUTIONS = 0.6
-"""Of the efficiency of products; set by RN50-A100-AMP of tests/benchmarks/planner_rows.csv."""
+_CONVOLUTIONS = 0.9
+"""Of the efficiency of products; between those that TIMM-vgg16 and RN50-A100-AMP of tests/benchmarks/planner_rows.csv
+ask for."""
 _PLAIN_FLOAT32 = 0.75
 """Of the peak of float32 products without tensor cores, which are more easily kept busy; set by RN50-V100-FP32 and
 HF-BERT-1 there."""
