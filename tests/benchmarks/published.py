@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.optimization import Adafactor
 
+from lightning_bigmodels.optim import AdamW8bit
 from lightning_bigmodels.tasks import Task
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -38,7 +39,7 @@ def optimizer_of(kind: str, keep: bool) -> Callable[[Any], Optimizer]:
 
     Args:
         kind: `fused`, `foreach` or `loop`, which are AdamW in one kernel, of all parameters at once and of one after
-            the other, or `adafactor`, which is of the last sort.
+            the other; `adafactor`, which is of the last sort; or `adamw8bit`, this package's.
         keep: Gradients stay: Lightning lets go of them before the next backward pass.
     """
 
@@ -46,6 +47,8 @@ def optimizer_of(kind: str, keep: bool) -> Callable[[Any], Optimizer]:
         optimizer: Optimizer
         if kind == "adafactor":
             optimizer = Adafactor(parameters, lr=5e-5, scale_parameter=False, relative_step=False)
+        elif kind == "adamw8bit":
+            optimizer = AdamW8bit(parameters)
         else:
             optimizer = AdamW(parameters, fused=kind == "fused", foreach=kind == "foreach")
         if not keep:
