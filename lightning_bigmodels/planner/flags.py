@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
 
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner.eight_bit import flags_8bit
@@ -13,8 +13,6 @@ from lightning_bigmodels.strategies import CompressedDDPStrategy, FSDP2Strategy
 
 _AVERAGES = ("WeightAverage", "WeightAveraging")
 """Callbacks that keep an average of the weights: this package's, and Lightning's with those made of it."""
-_NAMED_SIZES = (2, 4, 8)
-"""Processes that split a layer for which there is a strategy with a name: fsdp2_tp2 and so on."""
 
 
 def setting_of(trainer: pl.Trainer, datamodule: Any) -> Setting:
@@ -148,10 +146,13 @@ def _name_of_split(size: Any, devices: int) -> str:
         return "fsdp2"
     if size in ("auto", devices):
         return "tp"
-    if size not in _NAMED_SIZES:
-        known = ", ".join(f"fsdp2_tp{known}" for known in _NAMED_SIZES)
-        raise InputError(f"tensor_parallel_size {size} cannot be planned; plan with fsdp2, {known} or tp")
-    return f"fsdp2_tp{size}"
+    if not isinstance(size, int) or size < 1:
+        raise InputError(f"tensor_parallel_size is {size!r}; set it to auto, or to 1 or more of the {devices} devices")
+    name = f"fsdp2_tp{size}"
+    if name not in StrategyRegistry:
+        # for the Trainer that plans
+        StrategyRegistry.register(name, FSDP2Strategy, tensor_parallel_size=size)
+    return name
 
 
 def _name_of_compression(compression: str) -> str:

@@ -5,9 +5,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_bigmodels import CausalLanguageModel, Text
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner.flags import changed_flags, replicas, setting_from_lines, setting_of
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.simulation import Setting, simulate
 from lightning_bigmodels.strategies import CompressedDDPStrategy, FSDP2Strategy
 from tests.toys import ToyData
 
@@ -53,9 +54,27 @@ def test_short_names_of_a_precision_are_long_ones():
 def test_devices_that_are_none_are_refused(devices):
     with pytest.raises(InputError, match=r"trainer.devices is .*; give how many there are"):
         setting_from_lines({"devices": devices}, ToyData())
-    lines = {"class_path": OURS + "FSDP2Strategy", "init_args": {"tensor_parallel_size": 3}}
-    with pytest.raises(InputError, match=r"tensor_parallel_size 3 cannot be planned; plan with fsdp2, fsdp2_tp2, "):
-        setting_from_lines({"strategy": lines}, ToyData())
+    lines = {"class_path": OURS + "FSDP2Strategy", "init_args": {"tensor_parallel_size": "all"}}
+    with pytest.raises(
+        InputError, match=r"tensor_parallel_size is 'all'; set it to auto, or to 1 or more of the 6 dev"
+    ):
+        setting_from_lines({"strategy": lines, "devices": 6}, ToyData())
+
+
+def test_layers_may_be_split_over_any_number_of_processes():
+    config = {"vocab_size": 300, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 6, "max_position_embeddings": 32}
+    data = Text("python-docs", vocab_size=300, block_size=32, batch_size=1)
+    held = {}
+    for size in (1, 3):
+        arguments = {"tensor_parallel_size": size, "data_parallel_size": 6 // size}
+        lines = {"strategy": {"class_path": OURS + "FSDP2Strategy", "init_args": arguments}, "devices": 6}
+        setting = setting_from_lines(lines, data)
+        assert replicas(setting) == 6 // size
+        held[size] = simulate(CausalLanguageModel("llama", config), data, setting).peak.held
+    # each of six has a sixth of the weights either way, but of three that split a layer a third of what it makes
+    assert held[3]["parameters"] == pytest.approx(held[1]["parameters"], rel=0.1)
+    assert held[3]["activations"] < 0.8 * held[1]["activations"]
 
 
 @pytest.mark.parametrize(
