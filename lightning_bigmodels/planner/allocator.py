@@ -1,6 +1,7 @@
 """What CUDA's caching allocator takes from the device for what a step allocates: whole segments, with holes in them."""
 
 import bisect
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
@@ -18,15 +19,20 @@ _STEPS = 3
 from then on nothing is added."""
 
 
-def reserved_bytes(trace: StepTrace) -> int:
-    """Return what the allocator holds after some steps like the traced one.
+def reserved_bytes(trace: StepTrace, limit: float = math.inf) -> int:
+    """Return the most that the allocator holds in some steps like the traced one.
 
     Blocks are the best fitting free ones, and split; neighbours are joined when they are free. Tensors come and go as
     in the trace. Parameters are there first, and the optimizer's state comes with the first update: it lies where
-    activations were, so the next step's activations need other room.
+    activations were, so the next step's activations need other room. Where the device is full, segments that are free
+    as a whole go back to it.
 
     Source: the caching allocator of torch 2.x, c10/cuda/CUDACachingAllocator.cpp, with its default settings. Memory of
     other streams is kept apart there; here that is the communication's.
+
+    Args:
+        trace: The step.
+        limit: Bytes that the device has for it. What is needed beyond them is counted all the same.
     """
     changes, gradients = _without_relabelling(trace.changes)
     freed = _freed_before_taken(changes)
@@ -39,7 +45,7 @@ def reserved_bytes(trace: StepTrace) -> int:
     arriving = iter(_parts(gradients, kept))
     arrivals = set(backward[:: max(1, len(backward) // len(gradients))]) if kept else set()
 
-    allocator = _Allocator()
+    allocator = _Allocator(limit)
     for size in _parts(gradients, trace.start.get("parameters", 0)) + freed:
         allocator.take("gradients", size)
     for step in range(_STEPS):
@@ -55,7 +61,7 @@ def reserved_bytes(trace: StepTrace) -> int:
                 allocator.take(change.kind, change.difference)
             elif change.difference < 0:
                 allocator.give_back(-change.difference)
-    return allocator.reserved
+    return allocator.most
 
 
 def _without_relabelling(changes: list[Change]) -> tuple[list[Change], list[int]]:
@@ -126,14 +132,13 @@ class _Pool:
         self._blocks: dict[tuple[int, int], _Block] = {}
         self._number = 0
 
-    def take(self, size: int) -> _Block:
+    def take(self, size: int) -> _Block | None:
+        """Return a block, or None where no free one is large enough."""
         place = bisect.bisect_left(self._free, (size, 0))
-        if place < len(self._free):
-            block = self._blocks.pop(self._free.pop(place))
-            block.key = None
-        else:
-            block = _Block(self._segment_size(size))
-            self.reserved += block.size
+        if place == len(self._free):
+            return None
+        block = self._blocks.pop(self._free.pop(place))
+        block.key = None
         rest = block.size - size
         if rest >= _ROUNDED_TO if self.small else rest > _SMALL:
             remainder = _Block(rest)
@@ -161,7 +166,20 @@ class _Pool:
                 after.next.previous = block
         self._put(block)
 
-    def _segment_size(self, size: int) -> int:
+    def grow(self, size: int) -> None:
+        """Take a segment from the device."""
+        self.reserved += size
+        self._put(_Block(size))
+
+    def shrink(self) -> None:
+        """Give segments back to the device that are free as a whole."""
+        for block in list(self._blocks.values()):
+            if block.previous is None and block.next is None:
+                self._remove(block)
+                self.reserved -= block.size
+
+    def segment_size(self, size: int) -> int:
+        """Return the size of the segment that is taken for a block."""
         if self.small:
             return _SMALL_SEGMENT
         return _MIDDLE_SEGMENT if size < _MIDDLE else -(-size // _SMALL_SEGMENT) * _SMALL_SEGMENT
@@ -180,13 +198,11 @@ class _Pool:
 
 
 class _Allocator:
-    def __init__(self) -> None:
+    def __init__(self, limit: float) -> None:
+        self.most = 0
+        self._limit = limit
         self._pools: dict[tuple[bool, bool], _Pool] = {}
         self._taken: defaultdict[int, list[tuple[_Pool, _Block]]] = defaultdict(list)
-
-    @property
-    def reserved(self) -> int:
-        return sum(pool.reserved for pool in self._pools.values())
 
     def take(self, kind: str, size: int) -> None:
         if not size:
@@ -194,7 +210,12 @@ class _Allocator:
         size = -(-size // _ROUNDED_TO) * _ROUNDED_TO
         small = size <= _SMALL
         pool = self._pools.setdefault((kind == "communication", small), _Pool(small))
-        self._taken[size].append((pool, pool.take(size)))
+        block = pool.take(size)
+        if block is None:
+            self._grow(pool, pool.segment_size(size))
+            block = pool.take(size)
+            assert block is not None
+        self._taken[size].append((pool, block))
 
     def give_back(self, size: int) -> None:
         """Free one of the blocks of a size, the one taken last: a trace does not say which."""
@@ -202,3 +223,14 @@ class _Allocator:
         if blocks:
             pool, block = blocks.pop()
             pool.give_back(block)
+
+    def _grow(self, pool: _Pool, size: int) -> None:
+        if self._reserved + size > self._limit:
+            for each in self._pools.values():
+                each.shrink()
+        pool.grow(size)
+        self.most = max(self.most, self._reserved)
+
+    @property
+    def _reserved(self) -> int:
+        return sum(pool.reserved for pool in self._pools.values())

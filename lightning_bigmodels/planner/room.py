@@ -16,8 +16,8 @@ _HOLES = 0.02
 _COMMUNICATION = int(1.3 * GIB)
 """NCCL's buffers with more than one process: 1 to 2 GiB were seen."""
 _UNCERTAIN = 0.08
-"""Share by which more may be reserved, besides half a GiB for context and communication: the median error of
-tests/benchmarks/planner.py."""
+"""Share by which more may be reserved, besides half a GiB for context and communication: no run in
+tests/benchmarks/planner_rows.csv took as much more than was planned."""
 _PROCESS = int(0.4 * GIB)
 """What a process on a CPU takes besides tensors: 0.2 to 0.5 GiB were measured."""
 
@@ -28,7 +28,8 @@ class Room:
 
     Attributes:
         allocated: Of tensors at the step's peak: `torch.cuda.max_memory_allocated()`.
-        reserved: With the holes that the caching allocator keeps: `torch.cuda.max_memory_reserved()`.
+        reserved: With the holes that the caching allocator keeps: `torch.cuda.max_memory_reserved()`. On a device that
+            is full it keeps fewer.
         used: With the driver's context and the buffers of communication: what nvidia-smi shows of the process.
         uncertainty: How much more it may be.
         memory: What the device has.
@@ -63,6 +64,8 @@ def estimate_room(trace: StepTrace, setting: Setting, hardware: Hardware) -> Roo
     if hardware.name == "cpu":
         return Room(allocated, allocated, allocated + _PROCESS, allocated // 20 + _PROCESS // 2, hardware.memory)
     allocated += _WORKSPACE
-    reserved = int(max(allocated, reserved_bytes(trace) + _WORKSPACE) * (1 + _HOLES))
-    used = reserved + hardware.context + (_COMMUNICATION if setting.world_size > 1 else 0)
+    outside = hardware.context + (_COMMUNICATION if setting.world_size > 1 else 0)
+    limit = (hardware.memory - outside) / (1 + _HOLES) - _WORKSPACE
+    reserved = int(max(allocated, reserved_bytes(trace, limit) + _WORKSPACE) * (1 + _HOLES))
+    used = reserved + outside
     return Room(allocated, reserved, used, int(_UNCERTAIN * reserved) + GIB // 2, hardware.memory)

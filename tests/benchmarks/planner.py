@@ -96,6 +96,11 @@ class Prediction(NamedTuple):
         ] / GIB
 
     @property
+    def fits(self) -> str:
+        """The verdict."""
+        return "yes" if self.room.fits else "no" if self.room.spare < 0 else "maybe"
+
+    @property
     def memory_error(self) -> float | None:
         published = self.row["memory_gib"]
         return None if not published or published.startswith(">") else self.memory / float(published) - 1
@@ -146,14 +151,14 @@ def predict(row: dict[str, str], trace: Any, hardware: Hardware) -> Prediction:
 
 
 def print_table(predictions: list[Prediction]) -> None:
-    print(f"{'row':<20}{'memory':>10}{'published':>11}{'error':>8}  {'kind':<10}{'fits':<5}", end="")
+    print(f"{'row':<20}{'memory':>10}{'published':>11}{'error':>8}  {'kind':<10}{'fits':<6}", end="")
     print(f"{'units/s':>9}{'published':>11}{'error of time':>15}  bound by")
     for each in predictions:
         row = each.row
         memory, seconds = each.memory_error, each.time_error
         print(
             f"{row['id']:<20}{each.memory:>10.2f}{row['memory_gib'] or '-':>11}{_percent(memory):>8}  "
-            f"{row['memory_kind'] or '-':<10}{'yes' if each.room.fits else 'no':<5}"
+            f"{row['memory_kind'] or '-':<10}{each.fits:<6}"
             f"{each.units_per_second:>9.0f}{row['units_per_s'] or '-':>11}{_percent(seconds):>15}  {each.time.bound}"
         )
 
@@ -173,10 +178,10 @@ def print_summary(predictions: list[Prediction]) -> None:
                 )
     low = [each.row["id"] for each in predictions if each.room.fits and (each.memory_error or 0) < -0.05]
     print(f"\nmore than 5 % below the published memory where the verdict is that it fits: {', '.join(low) or 'none'}")
-    ran = [each for each in predictions if not each.row["memory_gib"].startswith(">") and not each.room.fits]
-    print(
-        f"ran in print where the verdict is that it may not fit: {', '.join(each.row['id'] for each in ran) or 'none'}"
-    )
+    ran = [each for each in predictions if not each.row["memory_gib"].startswith(">")]
+    for verdict, words in (("no", "does not fit"), ("maybe", "may not fit")):
+        found = [each.row["id"] for each in ran if each.fits == verdict]
+        print(f"ran in print where the verdict is that it {words}: {', '.join(found) or 'none'}")
     over = [each.row["id"] for each in predictions if each.row["memory_gib"].startswith(">") and each.room.fits]
     print(f"out of memory in print where the verdict is that it fits: {', '.join(over) or 'none'}")
 

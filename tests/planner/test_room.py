@@ -1,5 +1,6 @@
 """From allocated bytes to those of the device: the allocator's segments, the context, the verdict."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,17 @@ def test_free_neighbours_become_one_block_and_too_small_holes_are_no_use():
     assert reserved_bytes(trace_of(kept)) == 40 * MIB
 
 
+def test_segments_that_are_free_as_a_whole_go_back_to_a_device_that_is_full():
+    steps = held(64 * MIB) + held(96 * MIB)
+    assert reserved_bytes(trace_of(steps)) == 160 * MIB
+    assert reserved_bytes(trace_of(steps), limit=100 * MIB) == 96 * MIB
+    assert reserved_bytes(trace_of(steps), limit=90 * MIB) == 96 * MIB
+    # a part of it is taken
+    kept = [steps[0], steps[1], Change(0, "forward", "activations", 12 * MIB), *held(96 * MIB), steps[1]]
+    kept[-1] = kept[-1]._replace(difference=-12 * MIB)
+    assert reserved_bytes(trace_of(kept), limit=100 * MIB) == 160 * MIB
+
+
 def test_memory_of_another_stream_is_apart():
     changes = held(16 * MIB) + [change._replace(operation=1) for change in held(16 * MIB, kind="communication")]
     assert reserved_bytes(trace_of(changes)) == 32 * MIB
@@ -79,6 +91,15 @@ def test_a_device_needs_more_than_tensors():
     assert GIB < several.used - room.used < 2 * GIB
     assert room.fits
     assert room.spare == h100.memory - room.used
+
+
+def test_holes_do_not_make_it_too_large_for_a_device():
+    h100 = find_hardware("h100")
+    holes = trace_of(held(40 * GIB) + held(50 * GIB), peak=50 * GIB)
+    assert 50 * GIB < estimate_room(holes, Setting(), h100).reserved < 52 * GIB
+    larger = estimate_room(holes, Setting(), replace(h100, memory=120 * GIB))
+    assert larger.reserved > 90 * GIB
+    assert larger.fits
 
 
 def test_a_cpu_has_no_segments():
