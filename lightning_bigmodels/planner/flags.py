@@ -126,7 +126,7 @@ def _name_of_lines(lines: Mapping[str, Any], devices: int) -> str:
     path = str(lines.get("class_path", ""))
     kind = path.rpartition(".")[2]
     if kind == "FSDP2Strategy":
-        return _name_of_split(arguments.get("tensor_parallel_size", 1), devices)
+        return _name_of_split(arguments.get("tensor_parallel_size", 1), devices, bool(arguments.get("offload", False)))
     if kind == "CompressedDDPStrategy":
         return _name_of_compression(arguments.get("compression", "fp16"))
     return {"DDPStrategy": "ddp", "FSDPStrategy": "fsdp", "SingleDeviceStrategy": "auto"}.get(kind, path)
@@ -134,14 +134,20 @@ def _name_of_lines(lines: Mapping[str, Any], devices: int) -> str:
 
 def _name_of_instance(strategy: Strategy, devices: int) -> str:
     if isinstance(strategy, FSDP2Strategy):
-        return _name_of_split(strategy._tensor_parallel_size, devices)
+        return _name_of_split(strategy._tensor_parallel_size, devices, strategy.offload)
     if isinstance(strategy, CompressedDDPStrategy):
         return _name_of_compression(strategy.compression)
     kinds = {DDPStrategy: "ddp", FSDPStrategy: "fsdp", SingleDeviceStrategy: "auto"}
     return next((name for kind, name in kinds.items() if isinstance(strategy, kind)), type(strategy).__name__)
 
 
-def _name_of_split(size: Any, devices: int) -> str:
+def _name_of_split(size: Any, devices: int, offload: bool) -> str:
+    if offload:
+        if size != 1:
+            raise InputError(
+                f"offload with tensor_parallel_size {size} cannot be planned; plan with fsdp2_offload, or offload false"
+            )
+        return "fsdp2_offload"
     if size == 1:
         return "fsdp2"
     if size in ("auto", devices):

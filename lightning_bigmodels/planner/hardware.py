@@ -27,6 +27,8 @@ _TYPICAL = {
     "attention_efficiency": 0.4,
     # the middle of 0.5 to 1.3 GiB, as seen with newer and older torch
     "context_gib": 0.9,
+    # of PCIe 4.0 x16
+    "host_gb_s": 32.0,
 }
 """What a table may leave out, column or cell, with what is taken then."""
 _NUMBERS = (*(column for column in _NEEDED if column not in ("name", "source")), *_TYPICAL)
@@ -50,6 +52,7 @@ class Hardware:
         link_bandwidth: Bytes per second in one direction, of one device to the others of its node.
         network_bandwidth: Bytes per second in one direction, of one device to other nodes.
         source: Where the numbers are from.
+        host_bandwidth: Bytes per second in one direction, of one device to host memory.
         context: Bytes that a process takes before its first tensor: the driver's context and loaded kernels.
     """
 
@@ -64,6 +67,7 @@ class Hardware:
     network_bandwidth: float
     source: str
     context: int = int(_TYPICAL["context_gib"] * GIB)
+    host_bandwidth: float = _TYPICAL["host_gb_s"] * 1e9
 
     def flops_of(self, dtype: torch.dtype | None) -> float:
         """Return the peak for products of a format; of a format that the device lacks, that of a wider one."""
@@ -100,8 +104,8 @@ def known_hardware(table: str | None = None) -> dict[str, Hardware]:
 
     Args:
         table: A CSV file of the user's with the columns of the package's `planner/hardware.csv`, whose rows come over
-            those. An empty peak is one that the device lacks; an empty efficiency or context, or one that the table
-            has no column for, is that of typical devices.
+            those. An empty peak is one that the device lacks; an empty efficiency, context or host link, or one that
+            the table has no column for, is that of typical devices.
 
     Raises:
         InputError: The table cannot be read; the message names the line.
@@ -142,8 +146,8 @@ def _row(row: dict[str, str | None], place: str) -> Hardware:
         value = values[column]
         if value is None:
             raise InputError(
-                f"{place}: {column} of {name} is empty; only efficiencies, context_gib and peaks of formats that it "
-                f"lacks may be"
+                f"{place}: {column} of {name} is empty; only efficiencies, context_gib, host_gb_s and peaks of formats "
+                f"that it lacks may be"
             )
         return value
 
@@ -163,6 +167,7 @@ def _row(row: dict[str, str | None], place: str) -> Hardware:
         network_bandwidth=needed("network_gb_s") * 1e9,
         source=(row["source"] or "").strip(),
         context=int(typical("context_gib") * GIB),
+        host_bandwidth=typical("host_gb_s") * 1e9,
     )
 
 

@@ -122,6 +122,8 @@ class Plan:
                 "used": room.used,
                 "uncertainty": room.uncertainty,
                 "spare": room.spare,
+                "host": room.host,
+                "host_of_node": room.host * self.setting.devices,
                 "peak": {
                     "phase": self.peak.phase,
                     "operation": self.peak.operation,

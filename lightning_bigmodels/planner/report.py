@@ -75,6 +75,9 @@ def _memory(plan: Plan) -> list[str]:
             ("used", room.used, "with the driver's context and communication"),
             ("of", plan.hardware.memory, plan.hardware.name),
         ]
+    if room.host:
+        node = f"{_gib(room.host * plan.setting.devices, digits=3)} on each node"
+        rows.append(("host memory", room.host, f"of weights, gradients and optimizer, {node}"))
     lines = ["Memory of a device at the step's peak, GiB"]
     return lines + [_row(name, _gib(size, digits=3), comment) for name, size, comment in rows]
 
@@ -89,10 +92,10 @@ def _step(plan: Plan) -> list[str]:
         _row("TFLOP", _figures(time.flops / 1e12), f"on each device; MFU {time.mfu:.1%}"),
     ]
     for name, traffic in plan.traffic.items():
-        if traffic.sent >= MIB:
-            lines.append(
-                _row(name, f"{traffic.sent / MIB:,.0f}", f"MiB sent, as much received, in {traffic.calls:,} calls")
-            )
+        size = max(traffic.sent, traffic.received)
+        if size >= MIB:
+            ways = "MiB sent, as much received" if traffic.sent == traffic.received else "MiB"
+            lines.append(_row(name, f"{size / MIB:,.0f}", f"{ways}, in {traffic.calls:,} calls"))
     each = plan.units_per_second_and_device
     return [
         *lines,

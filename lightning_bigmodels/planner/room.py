@@ -33,6 +33,7 @@ class Room:
         used: With the driver's context and the buffers of communication: what nvidia-smi shows of the process.
         uncertainty: How much more it may be.
         memory: What the device has.
+        host: Of host memory, where a strategy keeps weights, gradients and optimizer state there; no part of `used`.
     """
 
     allocated: int
@@ -40,6 +41,7 @@ class Room:
     used: int
     uncertainty: int
     memory: int
+    host: int = 0
 
     @property
     def spare(self) -> int:
@@ -68,4 +70,5 @@ def estimate_room(trace: StepTrace, setting: Setting, hardware: Hardware) -> Roo
     limit = (hardware.memory - outside) / (1 + _HOLES) - _WORKSPACE
     reserved = int(max(allocated, reserved_bytes(trace, limit) + _WORKSPACE) * (1 + _HOLES))
     used = reserved + outside
-    return Room(allocated, reserved, used, int(_UNCERTAIN * reserved) + GIB // 2, hardware.memory)
+    host = trace.host_peak if setting.offloads else 0
+    return Room(allocated, reserved, used, int(_UNCERTAIN * reserved) + GIB // 2, hardware.memory, host)

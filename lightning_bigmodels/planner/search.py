@@ -56,8 +56,8 @@ def find_changes(plan: Plan, model: Any, replan: Callable[[Setting], Plan]) -> l
 
     First each change alone: smaller batches and as many more of them, activation checkpointing, sharding. What is
     learnt stays the same with them. If none of them fits, those that help are put together. If that is not enough, one
-    of these comes on top, or all: mixed precision, an optimizer of 8 bits, layers split over devices, more devices,
-    weights of 16 bits.
+    of these comes on top, or all: weights and optimizer in host memory, where what is learnt still is the same and
+    time is lost; mixed precision, an optimizer of 8 bits, layers split over devices, more devices, weights of 16 bits.
 
     Args:
         plan: One that does not fit.
@@ -101,10 +101,11 @@ class _Search:
         if setting != self._first.setting and self._largest_batch(setting):
             return
         ways = (_mix_precision, self._use_8bit, _split, self._spread, _lower_precision)
-        for change in ways:
+        for change in (self._offload, *ways):
             if not self._has_found(_ENOUGH):
                 self._climb(setting, change)
-        for change in ways:
+        # with more devices less would have to be in host memory, if anything
+        for change in (*ways, self._offload):
             if not self._has_found(1):
                 setting = self._climb(setting, change)
 
@@ -175,14 +176,26 @@ class _Search:
         saved = SAVED * plan.peak.held.get("optimizer state", 0)
         return replace(setting, optimizer_8bit=True) if saved > (1 - _HELPS) * plan.room.used else None
 
+    def _offload(self, setting: Setting) -> Setting | None:
+        """Return the setting with weights and optimizer in host memory, where they are what does not fit."""
+        plan = self._plans.get(self._with_batch(setting, 1))
+        splits = not setting.strategy.startswith(("auto", "ddp", "fsdp2")) or "_tp" in setting.strategy
+        if plan is None or splits or plan.hardware.name == "cpu":
+            return None
+        state, _ = _state_and_missing(plan)
+        if plan.peak.phase == "update":
+            state += plan.peak.held.get("temporary", 0)
+        if state < -plan.room.spare:
+            return None
+        # whatever its bits, the optimizer's state is not on the device then
+        return replace(setting, strategy="fsdp2_offload", optimizer_8bit=self._first.setting.optimizer_8bit)
+
     def _spread(self, setting: Setting) -> Setting | None:
         """Return the setting on more devices, at most as many as state would need that is divided among them."""
         plan = self._plans.get(self._with_batch(setting, 1))
         if plan is None:
             return None
-        # what the allocator keeps shrinks with what it is asked for
-        state = sum(plan.peak.held.get(kind, 0) for kind in _SHARDED) * plan.room.used / max(1, plan.room.allocated)
-        missing = plan.room.uncertainty - plan.room.spare
+        state, missing = _state_and_missing(plan)
         factor = 2
         while factor * setting.world_size <= _MOST_PROCESSES and state * (1 - 1 / factor) < missing:
             factor *= 2
@@ -195,6 +208,13 @@ class _Search:
         if not setting.strategy.startswith(("fsdp2", "tp")):
             spread = replace(spread, strategy="fsdp2")
         return _keep_rows(setting, spread)
+
+
+def _state_and_missing(plan: Plan) -> tuple[float, int]:
+    """Return the bytes that weights, gradients and optimizer take of a device, and by how many more it does not fit."""
+    # what the allocator keeps shrinks with what it is asked for
+    state = sum(plan.peak.held.get(kind, 0) for kind in _SHARDED) * plan.room.used / max(1, plan.room.allocated)
+    return state, plan.room.uncertainty - plan.room.spare
 
 
 def _shard(setting: Setting) -> Setting | None:

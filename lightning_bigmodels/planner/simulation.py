@@ -69,6 +69,11 @@ class Setting:
         """Processes of the run."""
         return self.devices * self.num_nodes
 
+    @property
+    def offloads(self) -> bool:
+        """Whether weights, gradients and optimizer state are in host memory."""
+        return self.strategy == "fsdp2_offload"
+
 
 class _WithoutMemory(FakeTensorMode):
     """Tensors without memory, on a machine that is asked once whether it has a GPU.
@@ -177,7 +182,8 @@ def simulate(
     Raises:
         InputError: the strategy cannot be simulated, or an operation hangs on values.
     """
-    trace = StepTrace(block_size, None if like_cuda else cpu_workspace)
+    # to a CPU host memory is no other than its own
+    trace = StepTrace(block_size, None if like_cuda else cpu_workspace, like_cuda and setting.offloads)
     model = copy.deepcopy(model)
     if isinstance(model, Task):
         model.uses_no_data = True
@@ -290,9 +296,9 @@ def _set_up_without_memory(
             stack.callback(averages.clear)
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda p: trace.note([p.grad], "gradients"))
+                parameter.register_post_accumulate_grad_hook(trace.note_gradient)
         for optimizer in strategy.optimizers:
-            if like_cuda:
+            if like_cuda and not trace.offloads:
                 use_cuda_defaults(optimizer)
             optimizer.register_step_post_hook(_Watch(trace).after_update)
 

@@ -7,11 +7,12 @@ import torch
 
 from lightning_bigmodels.planner.flags import tensor_parallel_size
 from lightning_bigmodels.planner.hardware import Hardware
+from lightning_bigmodels.planner.host import copying_time, updating_time
 from lightning_bigmodels.planner.simulation import Setting
 from lightning_bigmodels.planner.trace import Operation, Phase, StepTrace, Transfer
 from lightning_bigmodels.planner.traffic import repetitions
 
-Bound = Literal["compute", "memory", "network", "launches"]
+Bound = Literal["compute", "memory", "network", "launches", "host"]
 
 _BOUNDS: tuple[Bound, ...] = ("compute", "memory", "network", "launches")
 _PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
@@ -46,8 +47,9 @@ class StepTime:
     Attributes:
         seconds: All of it.
         parts: Its parts by what bounds them: products that wait for arithmetic, operations that wait for memory,
-            transfers that nothing is computed beside, and small operations that wait for being started.
-        sending: Seconds that transfers take in all, most of which may pass beside computing.
+            transfers that nothing is computed beside, and small operations that wait for being started; where weights
+            are in host memory also copies that nothing is computed beside, and the update there.
+        sending: Seconds that transfers between devices take in all, most of which may pass beside computing.
         flops: Floating-point operations of this device, recomputation included.
         model_flops: Three times those of the forward pass, as utilisation is counted by custom.
         mfu: Share of the device's peak that `model_flops` are.
@@ -80,7 +82,8 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
         compiled: Whether the network is compiled: element-wise operations are fused, and launched together.
     """
     half = setting.precision.startswith("16")  # whose products are traced in bfloat16, on a CPU
-    spent: dict[Bound, float] = dict.fromkeys(_BOUNDS, 0.0)
+    offloads = setting.offloads and hardware.name != "cpu"
+    spent: dict[Bound, float] = dict.fromkeys((*_BOUNDS, "host") if offloads else _BOUNDS, 0.0)
     flops = model_flops = sending = 0.0
     for phase in _PHASES:
         repeats = 1.0
@@ -90,7 +93,11 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
         for operation, count in trace.operations.items():
             if operation.phase != phase:
                 continue
-            bound, seconds = _operation_time(operation, hardware, compiled, half)
+            if offloads and phase == "update" and not operation.flops:
+                bound: Bound = "host"
+                seconds = updating_time(operation)
+            else:
+                bound, seconds = _operation_time(operation, hardware, compiled, half)
             spent[bound] += seconds * count * repeats
             busy += seconds * count * repeats
             flops += operation.flops * count * repeats
@@ -99,6 +106,9 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
         beside, between, piece = _sending_time(trace, phase, setting, hardware)
         sending += beside + between
         spent["network"] += between + max(piece, beside - busy)
+        if offloads:
+            beside_too, awaited, piece = copying_time(trace, phase, setting, hardware)
+            spent["host"] += awaited + max(piece, beside_too - max(busy, beside))
     total = sum(spent.values())
     peak = hardware.flops_of(_precision_dtype(setting.precision))
     return StepTime(total, spent, sending, flops, model_flops, model_flops / (total * peak) if total else 0.0)

@@ -20,7 +20,9 @@ from typing_extensions import Self, override
 from lightning_bigmodels.planner.assumptions import assume, carry_on
 from lightning_bigmodels.planner.flops import count_flops, count_skipped
 
-Kind = Literal["parameters", "gradients", "optimizer state", "inputs", "activations", "communication", "temporary"]
+Kind = Literal[
+    "parameters", "gradients", "optimizer state", "inputs", "activations", "communication", "temporary", "host"
+]
 Phase = Literal["forward", "backward", "update"]
 
 _KINDS_OF_PHASES: dict[Phase, Kind] = {"forward": "activations", "backward": "temporary", "update": "temporary"}
@@ -28,6 +30,8 @@ _DEVICE_OF = torch.ops.prim.device.default
 # collectives, and what FSDP2 copies into and out of their buffers
 _COMMUNICATION = ("c10d", "_c10d_functional", "fsdp")
 _IN_PLACE = ("c10d", "fsdp")
+TO_DEVICE, TO_HOST = "host_to_device", "device_to_host"
+"""Names of the transfers between host memory and a device."""
 
 
 class Moment(NamedTuple):
@@ -107,6 +111,7 @@ class StepTrace(TorchDispatchMode):
     Args:
         block_size: Bytes that an allocator's blocks are a multiple of, 512 on CUDA.
         workspace: From an operation, its arguments and its result to the bytes that it holds while it runs.
+        offloads: Whether shards are in host memory, where the optimizer steps; what is there is of no other kind.
 
     Attributes:
         phase: What the step is at; set by who runs it.
@@ -116,14 +121,20 @@ class StepTrace(TorchDispatchMode):
         operations: How often each operation ran; alike ones are one.
         transfers: How often each collective ran.
         assumptions: Names of operations whose result hangs on values, and was assumed.
+        host_peak: The most bytes of host memory in the step.
     """
 
     def __init__(
-        self, block_size: int = 1, workspace: Callable[[Any, tuple[Any, ...], Any], int] | None = None
+        self,
+        block_size: int = 1,
+        workspace: Callable[[Any, tuple[Any, ...], Any], int] | None = None,
+        offloads: bool = False,
     ) -> None:
         super().__init__()
         self.block_size = block_size
+        self.offloads = offloads
         self._workspace = workspace
+        self._host = 0
         self.phase: Phase = "forward"
         self._held: dict[int, _Held] = {}
         self._sums: Counter[Kind] = Counter()
@@ -142,6 +153,7 @@ class StepTrace(TorchDispatchMode):
         self.operations: Counter[Operation] = Counter()
         self.transfers: Counter[Transfer] = Counter()
         self.peak = Moment(0, self.phase, self.held)
+        self.host_peak = self._host
 
     def end(self) -> None:
         """End the step: what is given back later, as all is in the end, is no part of it."""
@@ -163,14 +175,16 @@ class StepTrace(TorchDispatchMode):
     def note(self, tensors: Iterable[Any], kind: Kind) -> None:
         """Say what tensors are, whether they are followed already or not."""
         for tensor in tensors:
+            on_host = self.offloads and (isinstance(tensor, DTensor) or self.phase == "update")
+            meant: Kind = "host" if on_host else kind
             for storage in storages(tensor):
                 known = self._held.get(storage._cdata)
                 if known is None:
-                    self._follow(storage, kind)
-                elif known.kind != kind:
+                    self._follow(storage, meant)
+                elif known.kind != meant:
                     self._count(known.kind, -known.size)
-                    self._count(kind, known.size)
-                    known.kind = kind
+                    self._count(meant, known.size)
+                    known.kind = meant
 
     def _follow(self, storage: torch.UntypedStorage, kind: Kind) -> None:
         key, size = storage._cdata, self._rounded(storage.nbytes())
@@ -193,13 +207,17 @@ class StepTrace(TorchDispatchMode):
         return -(-size // self.block_size) * self.block_size
 
     def _count(self, kind: Kind, difference: int) -> None:
+        if kind == "host":
+            self._host += difference
+            self.host_peak = max(self.host_peak, self._host)
+            return
         self._sums[kind] += difference
+        self._total += difference
         if not self._over:
             self.changes.append(Change(self._number, self.phase, kind, difference))
 
     def _change(self, kind: Kind, difference: int) -> None:
         self._count(kind, difference)
-        self._total += difference
         if self._total > self.peak.total:
             name = "" if self._running is None else self._running.name()
             self.peak = Moment(self._number, self.phase, self.held, name)
@@ -244,7 +262,9 @@ class StepTrace(TorchDispatchMode):
             self.assumptions.add(operator.name())
         carry_on(operator, args, result)
         self._number += 1
-        kind = "communication" if operator.namespace in _COMMUNICATION else _KINDS_OF_PHASES[self.phase]
+        kind: Kind = "communication" if operator.namespace in _COMMUNICATION else _KINDS_OF_PHASES[self.phase]
+        if self.offloads and self.phase == "update":
+            kind = "host"
         outputs = list(tensors_in(result))
         for tensor in outputs:
             for storage in storages(tensor):
@@ -253,6 +273,8 @@ class StepTrace(TorchDispatchMode):
         if self._workspace is not None and (size := self._workspace(operator, args, result)):
             self._change("temporary", size)
             self._change("temporary", -size)
+        if self.offloads and self.phase != "update":
+            self._note_shards(args, outputs)
         if operator.namespace in _IN_PLACE:
             self._note_buffers([*outputs, *tensors_in(kwargs.get("out", ()))])
         if operator.namespace in _COMMUNICATION[:2]:
@@ -268,6 +290,29 @@ class StepTrace(TorchDispatchMode):
                 known = self._held.get(storage._cdata)
                 if known is not None and known.kind in _KINDS_OF_PHASES.values():
                     self.note([tensor], "communication")
+
+    def _note_shards(self, args: tuple[Any, ...], outputs: list[Tensor]) -> None:
+        """Note what an operation on the device reads of host memory: shards, which are copied before they are gathered.
+
+        The trace knows one memory alone, in which they are there already.
+        """
+        shards = [tensor for tensor in tensors_in(args) if self._is_on_host(tensor)]
+        if not shards or any(self._is_on_host(tensor) for tensor in outputs):
+            return
+        held = sum(self._rounded(shard.nbytes) for shard in shards)
+        self.transfers[Transfer(TO_DEVICE, self.phase, sum(shard.nbytes for shard in shards), 1)] += 1
+        self._change("communication", held)
+        self._change("communication", -held)
+
+    def _is_on_host(self, tensor: Tensor) -> bool:
+        found = (self._held.get(storage._cdata) for storage in storages(tensor))
+        return any(known is not None and known.kind == "host" for known in found)
+
+    def note_gradient(self, parameter: Tensor) -> None:
+        """Note the gradient of a parameter, which goes to host memory if shards are there."""
+        self.note([parameter.grad], "gradients")
+        if self.offloads and isinstance(parameter.grad, DTensor):
+            self.transfers[Transfer(TO_HOST, self.phase, parameter.grad._local_tensor.nbytes, 1)] += 1
 
     def _note_transfer(self, operator: Any, args: tuple[Any, ...], outputs: list[Tensor]) -> None:
         tensors = [*tensors_in(args), *outputs]

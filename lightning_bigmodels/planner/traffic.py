@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lightning_bigmodels.planner.simulation import Setting
-from lightning_bigmodels.planner.trace import StepTrace, Transfer
+from lightning_bigmodels.planner.trace import TO_DEVICE, TO_HOST, StepTrace, Transfer
 
 _KINDS = {
     "allgather": "all-gather",
@@ -11,12 +11,14 @@ _KINDS = {
     "allreduce": "all-reduce",
     "broadcast": "broadcast",
     "alltoall": "all-to-all",
+    "hosttodevice": "host to device",
+    "devicetohost": "device to host",
 }
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one device exchanges by one kind of collective in an optimizer step."""
+    """What one device exchanges by one kind of collective, or with host memory, in an optimizer step."""
 
     calls: int
     """How often it is called."""
@@ -38,8 +40,10 @@ def traffic_of(trace: StepTrace, setting: Setting) -> dict[str, Traffic]:
         kind = kind_of(transfer)
         calls = round(count * repetitions(transfer, setting))
         size = calls * _sent(kind, transfer)
+        sent = 0 if transfer.name == TO_DEVICE else size
+        received = 0 if transfer.name == TO_HOST else size
         known = found.get(kind, Traffic(0, 0, 0))
-        found[kind] = Traffic(known.calls + calls, known.sent + size, known.received + size)
+        found[kind] = Traffic(known.calls + calls, known.sent + sent, known.received + received)
     return found
 
 
@@ -52,7 +56,7 @@ def kind_of(transfer: Transfer) -> str:
 def _sent(kind: str, transfer: Transfer) -> int:
     """Return the bytes that a process passes on; in a ring it receives as many."""
     others = (transfer.processes - 1) / transfer.processes
-    if kind == "broadcast":
+    if kind == "broadcast" or transfer.name in (TO_DEVICE, TO_HOST):
         return transfer.size
     return round((2 if kind == "all-reduce" else 1) * others * transfer.size)
 

@@ -20,7 +20,9 @@ def made_plan(setting=None, state=8, row=4, memory=24):
     halved = 2 if setting.precision == "bf16-mixed" else 1
     split = int(setting.strategy.removeprefix("fsdp2_tp") or 1) if "_tp" in setting.strategy else 1
     activations = row * setting.batch_size / halved / (4 if setting.activation_checkpointing else 1) / split
-    held = {"parameters": int(state * GIB / shards), "activations": int(activations * GIB)}
+    shard = int(state * GIB / shards)
+    host = shard if setting.offloads else 0
+    held = {"parameters": shard - host, "activations": int(activations * GIB)}
     used = sum(held.values())
     seconds = setting.accumulate_grad_batches * setting.batch_size * (1.3 if setting.activation_checkpointing else 1)
     moments = [
@@ -36,7 +38,7 @@ def made_plan(setting=None, state=8, row=4, memory=24):
         units_per_row=100,
         peak=moments[1],
         num_operations=12,
-        room=Room(used, used, used, GIB // 2, memory * GIB),
+        room=Room(used, used, used, GIB // 2, memory * GIB, host),
         time=StepTime(seconds, {"compute": seconds * 0.75, "memory": seconds * 0.25}, 0.0, 4e12, 3e12, 0.4),
         traffic={"all-gather": Traffic(4, 3 * GIB, 3 * GIB)} if shards > 1 else {},
         course=moments,

@@ -23,6 +23,7 @@ OURS = "lightning_bigmodels.strategies."
         ({"class_path": OURS + "FSDP2Strategy"}, "fsdp2"),
         ({"class_path": OURS + "FSDP2Strategy", "init_args": {"tensor_parallel_size": 2}}, "fsdp2_tp2"),
         ({"class_path": OURS + "FSDP2Strategy", "init_args": {"tensor_parallel_size": 16}}, "tp"),
+        ({"class_path": OURS + "FSDP2Strategy", "init_args": {"offload": True}}, "fsdp2_offload"),
         ({"class_path": OURS + "CompressedDDPStrategy", "init_args": {"compression": "powersgd"}}, "ddp_powersgd"),
         ({"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"bucket_cap_mb": 50}}, "ddp"),
         ({"class_path": "my.Strategy"}, "my.Strategy"),
@@ -61,6 +62,12 @@ def test_devices_that_are_none_are_refused(devices):
         setting_from_lines({"strategy": lines, "devices": 6}, ToyData())
 
 
+def test_offload_with_layers_split_has_no_plan():
+    lines = {"class_path": OURS + "FSDP2Strategy", "init_args": {"tensor_parallel_size": 2, "offload": True}}
+    with pytest.raises(InputError, match="offload with tensor_parallel_size 2 cannot be planned; plan with fsdp2_off"):
+        setting_from_lines({"strategy": lines, "devices": 4}, ToyData())
+
+
 def test_layers_may_be_split_over_any_number_of_processes():
     config = {"vocab_size": 300, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 6, "max_position_embeddings": 32}
@@ -85,6 +92,7 @@ def test_layers_may_be_split_over_any_number_of_processes():
         (DDPStrategy(), "ddp"),
         (CompressedDDPStrategy("bf16"), "ddp_bf16_gradients"),
         (FSDP2Strategy(tensor_parallel_size=2), "fsdp2_tp2"),
+        (FSDP2Strategy(offload=True), "fsdp2_offload"),
     ],
 )
 def test_a_trainer_is_a_setting(strategy, name):

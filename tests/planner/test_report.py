@@ -51,6 +51,16 @@ def test_what_is_allocated_beside_tensors_is_told():
     assert re.search(r"^  workspace +1.000  of matrix products$", report(plan, None, None, None, []), flags=re.M)
 
 
+def test_host_memory_is_told_for_a_device_and_a_node():
+    plan = made_plan(Setting("fsdp2_offload", devices=4, num_nodes=2), state=16)
+    plan = replace(plan, traffic={"host to device": Traffic(4, 0, 3 * GIB)})
+    lines = [re.sub(r" +", " ", line).strip() for line in report(plan, None, None, None, []).splitlines()]
+    assert "host memory 2.000 of weights, gradients and optimizer, 8.000 on each node" in lines
+    assert "host to device 3,072 MiB, in 4 calls" in lines
+    memory = plan.to_dict()["memory"]
+    assert (memory["host"], memory["host_of_node"]) == (2 * GIB, 8 * GIB)
+
+
 def test_a_verdict_counts_what_is_uncertain():
     assert verdict(made_plan(state=19)) == "FITS: 1.00 GiB to spare, uncertain by 0.50"
     assert verdict(made_plan(state=19.75)) == "MAY NOT FIT: 0.25 GiB to spare, uncertain by 0.50"

@@ -66,11 +66,40 @@ def test_changes_are_put_together_where_none_is_enough():
     ]
 
 
-def test_precision_and_split_layers_come_before_more_devices():
+def test_host_memory_comes_before_what_changes_the_result_and_after_what_changes_neither_it_nor_the_time():
+    offload = "--trainer.strategy fsdp2_offload"
     found, fitting = tried(Setting("fsdp2", batch_size=1, devices=4), Fixed(), state=40, row=20)
+    assert fitting == [offload, "--trainer.precision bf16-mixed"]
+    assert found[offload] == 20
+    _, fitting = tried(Setting(batch_size=2, precision="bf16-true"), Fixed(), state=80)
+    assert fitting[0] == offload
+    # sharding is enough; activations alone are too much; a node's layers are split, which has no such name
+    for setting, row in (
+        (Setting("ddp", devices=4), 4),
+        (Setting("fsdp2", devices=8), 40),
+        (Setting("fsdp2_tp2", devices=4), 4),
+    ):
+        found, _ = tried(setting, Fixed(), state=70, row=row)
+        assert not [flags for flags in found if "offload" in flags]
+
+
+def test_weights_go_to_host_memory_at_the_very_last_where_nothing_else_is_enough():
+    def replan(setting):
+        if setting.world_size > 1:
+            raise InputError("there is one device")
+        return made_plan(setting, state=100, row=40)
+
+    trials = find_changes(made_plan(Setting(), state=100, row=40), Fixed(), replan)
+    assert [" ".join(trial.flags) for trial in trials if trial.fits] == [
+        "--trainer.strategy fsdp2_offload --trainer.precision bf16-mixed"
+    ]
+
+
+def test_precision_and_split_layers_come_before_more_devices():
+    found, fitting = tried(Setting("fsdp2", batch_size=1, devices=4), Fixed(), state=8, row=26)
     split = "--trainer.accumulate_grad_batches 2 --trainer.strategy fsdp2_tp2"
     assert fitting == ["--trainer.precision bf16-mixed", split]
-    assert found == {fitting[0]: 20, split: 20}
+    assert found == {fitting[0]: 15, split: 15}
     _, fitting = tried(Setting("fsdp2", batch_size=1, devices=8, precision="bf16-true"), Fixed(), state=8, row=40)
     assert fitting == ["--trainer.accumulate_grad_batches 2 --trainer.strategy fsdp2_tp2"]
 
@@ -78,13 +107,16 @@ def test_precision_and_split_layers_come_before_more_devices():
 def test_more_devices_are_as_many_as_the_state_needs():
     _, fitting = tried(Setting(precision="bf16-true", accumulate_grad_batches=8), Fixed(), state=100)
     # 100 / 8 + 4 GiB
-    assert fitting == ["--trainer.accumulate_grad_batches 1 --trainer.strategy fsdp2 --trainer.devices 8"]
+    assert fitting == [
+        "--trainer.strategy fsdp2_offload",
+        "--trainer.accumulate_grad_batches 1 --trainer.strategy fsdp2 --trainer.devices 8",
+    ]
     # the batch may stay with what was won
     found, fitting = tried(Setting("fsdp2", precision="bf16-true", batch_size=2), Fixed(), state=100)
-    assert fitting == ["--trainer.devices 8"]
-    assert found[fitting[0]] == 20.5
+    assert fitting[1:] == ["--trainer.devices 8"]
+    assert found[fitting[1]] == 20.5
     _, fitting = tried(Setting("fsdp2", precision="bf16-true", devices=8), Fixed(), state=400)
-    assert fitting == ["--trainer.num_nodes 4"]
+    assert fitting[1:] == ["--trainer.num_nodes 4"]
 
 
 def test_where_nothing_helps_everything_that_was_tried_is_told():
@@ -94,7 +126,10 @@ def test_where_nothing_helps_everything_that_was_tried_is_told():
     # optimizers that the step itself steps see a batch as a whole
     found, fitting = tried(Setting(batch_size=4, precision="bf16-true"), Model(automatic_optimization=False), row=20)
     assert next(iter(found)) == "--model.activation_checkpointing true"
-    assert fitting == ["--model.activation_checkpointing true --trainer.strategy fsdp2 --trainer.devices 4"]
+    assert fitting == [
+        "--model.activation_checkpointing true --trainer.strategy fsdp2_offload",
+        "--model.activation_checkpointing true --trainer.strategy fsdp2 --trainer.devices 4",
+    ]
 
 
 def test_what_cannot_be_planned_is_told_with_its_reason():
@@ -106,4 +141,5 @@ def test_what_cannot_be_planned_is_told_with_its_reason():
         "flags": ["--trainer.strategy fsdp2"],
         "reason": "fsdp2 is not for this network; use another",
     }
-    assert [trial.fits for trial in trials] == [False, False]
+    assert trials[1].flags == ["--trainer.strategy fsdp2_offload"]
+    assert not any(trial.fits for trial in trials)

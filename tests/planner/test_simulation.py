@@ -1,5 +1,7 @@
 """Steps on tensors without memory: they hold, compute and send what real ones do."""
 
+import dataclasses
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -11,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_bigmodels import CausalLanguageModel, ImageClassifier, Images, Text
 from lightning_bigmodels.batch_size import find_batch_size
 from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.planner.course import course_of
 from lightning_bigmodels.planner.simulation import Setting, simulate
-from lightning_bigmodels.planner.trace import StepTrace
+from lightning_bigmodels.planner.trace import TO_DEVICE, TO_HOST, StepTrace
 from lightning_bigmodels.tasks import Task
 
 ROWS = 8
@@ -116,6 +119,38 @@ def test_strategies_hold_and_send_their_part():
     averaged = simulate(model, data, Setting("fsdp2", batch_size=ROWS, devices=8, averages_weights=True)).peak.held
     assert averaged["parameters"] == pytest.approx(2 * sharded.peak.held["parameters"], rel=0.01)
     assert model.network is None
+
+
+@pytest.mark.parametrize(("devices", "precision"), [(1, "bf16-mixed"), (4, "bf16-mixed"), (4, "32-true")])
+def test_offloaded_weights_come_down_block_by_block_and_gradients_go_up(devices, precision):
+    model, data = language_model()
+    setting = Setting("fsdp2_offload", precision, devices, batch_size=ROWS, averages_weights=True)
+    found = simulate(model, data, setting, like_cuda=True)
+    sharded = simulate(model, data, dataclasses.replace(setting, strategy="fsdp2"), like_cuda=True)
+    model.configure_model()
+    whole = sum(p.nbytes for p in model.parameters()) / devices
+    in_blocks = sum(p.nbytes for block in model.blocks() for p in block.parameters()) / devices
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    # weights, their average, gradients and two moments, and what the update makes for one parameter at a time
+    assert 5 * whole < found.host_peak < 6 * whole
+    kinds = {kind for moment in course_of(found) for kind in moment.held}
+    assert kinds.isdisjoint({"gradients", "optimizer state", "host"})
+    assert found.start["parameters"] == buffers
+    assert found.peak.total < sharded.peak.total - whole
+    sizes = Counter()
+    for transfer, count in found.transfers.items():
+        sizes[transfer.name, transfer.phase] += transfer.size * count
+    assert sizes[TO_DEVICE, "forward"] == whole
+    assert sizes[TO_DEVICE, "backward"] == in_blocks
+    assert sizes[TO_HOST, "backward"] == whole
+
+
+def test_a_processor_has_no_host_memory_beside_its_own():
+    model, data = language_model()
+    found, sharded = (simulate(model, data, Setting(name, batch_size=ROWS)) for name in ("fsdp2_offload", "fsdp2"))
+    assert found.peak == sharded.peak
+    assert found.transfers == sharded.transfers
+    assert found.host_peak == 0
 
 
 def test_numbers_of_sixteen_bits_are_those_that_are_asked_for():

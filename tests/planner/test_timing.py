@@ -1,5 +1,6 @@
 """The time of steps whose parts can be summed by hand."""
 
+import dataclasses
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ from torch import nn
 from lightning_bigmodels.planner.hardware import Hardware
 from lightning_bigmodels.planner.simulation import Setting
 from lightning_bigmodels.planner.timing import estimate_time
-from lightning_bigmodels.planner.trace import Operation, StepTrace, Transfer
+from lightning_bigmodels.planner.trace import TO_DEVICE, TO_HOST, Operation, StepTrace, Transfer
+from lightning_bigmodels.planner.traffic import Traffic, traffic_of
 
 PEAKS = {torch.float32: 1e13, torch.bfloat16: 1e14, torch.float16: 2e14}
 DEVICE = Hardware("device", 2**34, 1e12, PEAKS, 5e13, 0.5, 0.25, 1e11, 1e10, "made up")
@@ -122,3 +124,30 @@ def test_copies_sum_gradients_once_for_all_batches():
     trace = traced(transfers=((bucket, 2),))  # one for each of the two batches that are traced
     step = estimate_time(trace, Setting("ddp", devices=4, accumulate_grad_batches=8), DEVICE)
     assert step.sending == pytest.approx(2 * 0.75 * 10**9 / 7.5e10, rel=0.01)
+
+
+def test_weights_in_host_memory_are_copied_beside_the_computing_and_updated_there():
+    # at four fifths of 25e9 a second
+    device = dataclasses.replace(DEVICE, host_bandwidth=25e9)
+    down, up = Transfer(TO_DEVICE, "backward", 4 * 10**9, 1), Transfer(TO_HOST, "backward", 10**9, 1)
+    copies = ((down, 10), (up, 10))
+    update = Operation("aten::lerp_", "update", 0, 408 * 10**8, torch.float32)
+    setting = Setting("fsdp2_offload", "bf16-true", devices=2)
+    step = estimate_time(traced((update, 2), transfers=copies), setting, device)
+    # ten times 0.2 s down while less comes up, and a second for each of the updates at four fifths of 51e9
+    assert step.parts["host"] == pytest.approx(10 * 0.2 + 2)
+    assert (step.bound, step.seconds) == ("host", pytest.approx(4))
+    # 4 s of products, behind which all but one copy hides
+    busy = traced((product("backward", flops=10**14), 2), transfers=copies)
+    assert estimate_time(busy, setting, device).parts["host"] == pytest.approx(0.2)
+    # one process alone gathers nothing ahead, and waits for each
+    alone = dataclasses.replace(setting, devices=1)
+    assert estimate_time(busy, alone, device).parts["host"] == pytest.approx(10 * 0.2)
+    # with as many batches as are not traced
+    more = dataclasses.replace(setting, accumulate_grad_batches=6)
+    step = estimate_time(traced((update, 2), transfers=copies), more, device)
+    assert step.parts["host"] == pytest.approx(3 * 10 * 0.2 + 2)
+    assert traffic_of(busy, more) == {
+        "host to device": Traffic(30, 0, 12 * 10**10),
+        "device to host": Traffic(30, 3 * 10**10, 0),
+    }
