@@ -268,6 +268,7 @@ class Trainer(pl.Trainer):
         samples: int | None = None,
         price: float | None = None,
         output: str | None = None,
+        calibrate: str | None = None,
         json: bool = False,
         setting: Setting | None = None,
     ) -> verb.Answer:
@@ -285,6 +286,7 @@ class Trainer(pl.Trainer):
             samples: Rows that the run sees on all devices, in place of the recipe's length.
             price: Price of an hour of one device.
             output: Folder for the memory over the step, as memory.png and memory.html, and plan.json.
+            calibrate: Folder of a run of fit on these devices, whose measured steps correct time and memory.
             json: Whether to print JSON: bytes, seconds, operations.
             setting: In Python, how a step is run; None is as this Trainer says.
 
@@ -297,6 +299,6 @@ class Trainer(pl.Trainer):
         if datamodule is None:
             raise InputError("no data is named; name a recipe with --config (see: bigmodels recipes) or --data CLASS")
         setting = setting_of(self, datamodule) if setting is None else setting
-        found = verb.answer(self, model, datamodule, setting, gpu, gpu_table, samples, price, output)
+        found = verb.answer(self, model, datamodule, setting, gpu, gpu_table, samples, price, output, calibrate)
         print(json_format.dumps(found.to_dict(), indent=2) if json else found)
         return found

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
 from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.planner.calibration import Calibration
 from lightning_bigmodels.planner.course import course_of
 from lightning_bigmodels.planner.flags import replicas
 from lightning_bigmodels.planner.hardware import Hardware
@@ -60,6 +61,9 @@ class Plan:
         traffic: Bytes sent and received in a step by each kind of collective.
         course: The memory over the step, in a few hundred moments.
         assumptions: Operations whose results hang on values, and were assumed.
+        model: Class of the model.
+        calibration: Factors of a real run by which `room` and `time` were changed.
+        allocated: Bytes at the peak before that, workspace of kernels included.
     """
 
     setting: Setting
@@ -73,6 +77,9 @@ class Plan:
     traffic: dict[str, Traffic]
     course: list[Moment]
     assumptions: list[str]
+    model: str = ""
+    calibration: Calibration | None = None
+    allocated: int = 0
 
     @property
     def rows_per_step(self) -> int:
@@ -108,6 +115,35 @@ class Plan:
         cost = None if price is None else hours * self.setting.world_size * price
         return Length(steps, steps * self.rows_per_step, hours, cost)
 
+    def calibrated(self, calibration: Calibration | None) -> "Plan":
+        """Return the plan with the factors of a real run: time, memory, and what follows from them.
+
+        What the driver and communication take stays as it is; what is uncertain does not become less.
+        """
+        if calibration is None:
+            return self
+        room, time, seconds = self.room, self.time, calibration.seconds
+        memory = 1.0 if calibration.memory is None else calibration.memory
+        reserved = round(room.reserved * memory)
+        return replace(
+            self,
+            room=replace(
+                room,
+                allocated=round(room.allocated * memory),
+                reserved=reserved,
+                used=room.used + reserved - room.reserved,
+                uncertainty=round(room.uncertainty * max(1.0, memory)),
+            ),
+            time=replace(
+                time,
+                seconds=time.seconds * seconds,
+                parts={bound: part * seconds for bound, part in time.parts.items()},
+                sending=time.sending * seconds,
+                mfu=time.mfu / seconds,
+            ),
+            calibration=calibration,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return all but the course as what JSON can hold: bytes, seconds, operations; names as they are here."""
         room, time = self.room, self.time
@@ -116,7 +152,8 @@ class Plan:
             "hardware": {"name": self.hardware.name, "memory": self.hardware.memory, "source": self.hardware.source},
             "memory": {
                 "kinds": dict(self.peak.held),
-                "workspace": room.allocated - self.peak.total,
+                "workspace": self.allocated - self.peak.total,
+                "calibration": room.allocated - self.allocated,
                 "allocated": room.allocated,
                 "reserved": room.reserved,
                 "used": room.used,
@@ -146,6 +183,7 @@ class Plan:
                 "units_per_second_and_device": self.units_per_second_and_device,
             },
             "assumptions": self.assumptions,
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
         }
 
 
@@ -174,6 +212,7 @@ def make_plan(model: LightningModule, datamodule: Any, setting: Setting, hardwar
             f"operations that give shapes without values: register yours with torch.library.register_fake"
         ) from error
     unit, units_per_row = _unit(datamodule)
+    room = estimate_room(trace, setting, hardware)
     return Plan(
         setting=setting,
         hardware=hardware,
@@ -181,11 +220,13 @@ def make_plan(model: LightningModule, datamodule: Any, setting: Setting, hardwar
         units_per_row=units_per_row,
         peak=trace.peak,
         num_operations=trace.changes[-1].operation if trace.changes else 0,
-        room=estimate_room(trace, setting, hardware),
+        room=room,
         time=estimate_time(trace, setting, hardware, compiled=bool(getattr(model, "compile_network", False))),
         traffic=traffic_of(trace, setting),
         course=course_of(trace),
         assumptions=sorted(trace.assumptions),
+        model=type(model).__name__,
+        allocated=room.allocated,
     )
 
 

@@ -25,7 +25,8 @@ def report(plan: Plan, length: Length | None, price: float | None, hint: str | N
         hint: How the length could be known.
         trials: Changes that were tried because it does not fit.
     """
-    sections = [_memory(plan), _step(plan), _run(plan, length, price, hint), [verdict(plan)], _changes(plan, trials)]
+    run = _run(plan, length, price, hint)
+    sections = [_memory(plan), _step(plan), run, _calibration(plan), [verdict(plan)], _changes(plan, trials)]
     lines = [title(plan), *(line for section in sections if section for line in ("", *section))]
     # that a number is zero changes no shape
     names = ", ".join(name for name in plan.assumptions if name != "aten::_local_scalar_dense")
@@ -36,9 +37,12 @@ def report(plan: Plan, length: Length | None, price: float | None, hint: str | N
 
 def title(plan: Plan) -> str:
     """Return one line that says what was planned."""
-    setting = plan.setting
+    return _title(plan.setting, plan.hardware.name)
+
+
+def _title(setting: Setting, hardware: str) -> str:
     words = [
-        _devices(setting, plan.hardware.name),
+        _devices(setting, hardware),
         {"auto": "ddp" if setting.world_size > 1 else "one process"}.get(setting.strategy, setting.strategy),
         setting.precision,
         f"batch_size {setting.batch_size}",
@@ -61,8 +65,10 @@ def _memory(plan: Plan) -> list[str]:
     room, peak = plan.room, plan.peak
     place = f"in {_PHASES[peak.phase]}, {peak.name}, operation {peak.operation:,} of {plan.num_operations:,}"
     rows: list[tuple[str, int, str]] = [(kind, peak.held.get(kind, 0), "") for kind in kinds_of(plan)]
-    if room.allocated > peak.total:
-        rows.append(("workspace", room.allocated - peak.total, "of matrix products"))
+    if plan.allocated > peak.total:
+        rows.append(("workspace", plan.allocated - peak.total, "of matrix products"))
+    if abs(room.allocated - plan.allocated) >= MIB:
+        rows.append(("calibration", room.allocated - plan.allocated, "by a real run"))
     rows.append(("allocated", room.allocated, place))
     if plan.hardware.name == "cpu":
         rows += [
@@ -113,6 +119,22 @@ def _run(plan: Plan, length: Length | None, price: float | None, hint: str | Non
     lines.append(_row("device hours", _figures(length.hours * devices)))
     if length.cost is not None:
         lines.append(_row("cost", f"{length.cost:,.2f}", f"at {price:g} a device and hour"))
+    return lines
+
+
+def _calibration(plan: Plan) -> list[str]:
+    found = plan.calibration
+    if found is None:
+        return []
+    memory = "memory as planned, which was not measured" if found.memory is None else f"memory x {found.memory:.3g}"
+    lines = textwrap.wrap(
+        f"Calibrated by {found.run}: time x {found.seconds:.3g}, {memory}; measured on "
+        f"{_title(found.setting, found.hardware)}, {found.model}",
+        _LINE,
+    )
+    others = found.differences(plan.setting, plan.model)
+    if others:
+        lines.append(f"That run had another {' and '.join(others)} than this plan: the factors may be others here.")
     return lines
 
 

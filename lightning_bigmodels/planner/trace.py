@@ -19,6 +19,7 @@ from typing_extensions import Self, override
 
 from lightning_bigmodels.planner.assumptions import assume, carry_on
 from lightning_bigmodels.planner.flops import count_flops, count_skipped
+from lightning_bigmodels.planner.time_limit import check_time
 
 Kind = Literal[
     "parameters", "gradients", "optimizer state", "inputs", "activations", "communication", "temporary", "host"
@@ -253,6 +254,7 @@ class StepTrace(TorchDispatchMode):
             return args[0].fake_device  # asked for more often than all operations together
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its own operations on the shards come back here
+        check_time()
         kwargs = kwargs or {}
         self._running = operator
         try:

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_bigmodels.errors import InputError, near
 from lightning_bigmodels.peak_memory import GIB
+from lightning_bigmodels.planner.calibration import read_calibration
 from lightning_bigmodels.planner.hardware import find_hardware
 from lightning_bigmodels.planner.picture import JSON_NAME, check_output, write_pictures
 from lightning_bigmodels.planner.plan import Length, Plan, check_not_negative, make_plan
@@ -59,6 +60,7 @@ def answer(
     samples: int | None = None,
     price: float | None = None,
     output: str | None = None,
+    calibrate: str | None = None,
 ) -> Answer:
     """Plan a run, find changes where it does not fit, and write pictures.
 
@@ -72,6 +74,7 @@ def answer(
         samples: Rows of the run in place of the Trainer's steps.
         price: Of a device's hour.
         output: Folder for pictures.
+        calibrate: Folder of a run, by whose measured steps all plans are corrected.
 
     Raises:
         InputError: an option is wrong, or the step cannot be planned.
@@ -82,10 +85,11 @@ def answer(
         hint = near(setting.strategy, strategies) or "; plan with ddp or fsdp2"
         raise InputError(f"the planner does not know the strategy {setting.strategy}{hint}")
     hardware = find_hardware(gpu, gpu_table)
+    calibration = None if calibrate is None else read_calibration(calibrate, hardware.name)
     folder = None if output is None else check_output(output)
 
     def replan(setting: Setting) -> Plan:
-        return make_plan(model, datamodule, setting, hardware)
+        return make_plan(model, datamodule, setting, hardware).calibrated(calibration)
 
     plan = _plan_or_bounds(setting, replan)
     found = Answer(plan, [] if plan.room.fits else find_changes(plan, model, replan), price=price)

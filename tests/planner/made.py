@@ -43,4 +43,6 @@ def made_plan(setting=None, state=8, row=4, memory=24):
         traffic={"all-gather": Traffic(4, 3 * GIB, 3 * GIB)} if shards > 1 else {},
         course=moments,
         assumptions=["aten::nonzero"],
+        model="Made",
+        allocated=used,
     )

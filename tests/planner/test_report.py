@@ -47,7 +47,8 @@ def test_a_report_says_memory_step_run_and_verdict():
 
 def test_what_is_allocated_beside_tensors_is_told():
     plan = made_plan()
-    plan = replace(plan, room=replace(plan.room, allocated=plan.room.allocated + GIB))
+    allocated = plan.allocated + GIB
+    plan = replace(plan, allocated=allocated, room=replace(plan.room, allocated=allocated))
     assert re.search(r"^  workspace +1.000  of matrix products$", report(plan, None, None, None, []), flags=re.M)
 
 
