@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
 from lightning_bigmodels.planner.flops import ATTENTION
-from lightning_bigmodels.planner.trace import storages, tensors_in
+from lightning_bigmodels.planner.tensors import storages, tensors_in
 from lightning_bigmodels.tasks import Task
 
 

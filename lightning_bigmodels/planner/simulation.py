@@ -1,6 +1,7 @@
 """Steps of a run on tensors without memory, as the first of any number of processes."""
 
 import copy
+import gc
 import logging
 import sys
 import warnings
@@ -198,10 +199,13 @@ def simulate(
     first_batch = 2 * getattr(model, "step_period", 1) - 1
     num_batches = first_batch + min(2, setting.accumulate_grad_batches)
     with ExitStack() as stack:
+        stack.enter_context(_only_new_garbage())
         stack.enter_context(_quiet())
         trainer = _trainer(setting, _Watch(trace, first_batch, num_batches, like_cuda))
         stack.enter_context(_process_group(trainer.strategy, setting.world_size))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # only to wrap a network it imports for half a second
+        stack.enter_context(mock.patch("torch.compile", _as_it_is))
         if "transformers" in sys.modules:
             # it would leave out what is right only while a graph is recorded, such as attention without a mask (5.24)
             stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False))
@@ -217,6 +221,19 @@ def simulate(
 
 
 @contextmanager
+def _only_new_garbage() -> Iterator[None]:
+    """Look for garbage among what is made inside alone; the modules of a program are a tenth of a second each time."""
+    if gc.get_freeze_count():
+        yield  # whoever has frozen them unfreezes them
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Keep to itself what Lightning says of a Trainer that only plans."""
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -226,6 +243,11 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+def _as_it_is(network: Any = None, **_: Any) -> Any:
+    """Return a network or a function that is not compiled; stands in for torch.compile, as a decorator too."""
+    return (lambda function: function) if network is None else network
 
 
 def _trainer(setting: Setting, watch: Callback) -> Trainer:
@@ -284,7 +306,7 @@ def _set_up_without_memory(
     def set_up_in_mode(trainer: Trainer) -> None:
         module = strategy.lightning_module
         assert module is not None
-        stack.enter_context(_WithoutMemory(allow_non_fake_inputs=True))
+        trace.mode = stack.enter_context(_WithoutMemory(allow_non_fake_inputs=True))
         _fill(module)
         trace.note((*module.parameters(), *module.buffers()), "parameters")
         stack.enter_context(trace)

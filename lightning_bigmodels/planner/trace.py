@@ -1,24 +1,30 @@
 """What a step allocates, computes and sends: each tensor's storage from creation to release, real or fake."""
 
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
-from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import Self, override
 
 from lightning_bigmodels.planner.assumptions import assume, carry_on
 from lightning_bigmodels.planner.flops import count_flops, count_skipped
+from lightning_bigmodels.planner.recall import Pattern, describe, pattern_before, pattern_of
+from lightning_bigmodels.planner.shortcuts import result_of, run_shards
+from lightning_bigmodels.planner.tensors import group_size, storages, tensors_in
 from lightning_bigmodels.planner.time_limit import check_time
 
 Kind = Literal[
@@ -103,6 +109,18 @@ class _Held:
     reference: "weakref.ref[torch.UntypedStorage]"
 
 
+class _Known(NamedTuple):
+    """What the same operation on alike tensors does each time."""
+
+    pattern: Pattern
+    operation: Operation | None
+    workspace: int
+
+
+# by the rule for what operations hold while they run; kept for other settings of a network, which run the same
+_KNOWN: defaultdict[Any, dict[tuple[Any, ...], _Known | None]] = defaultdict(dict)
+
+
 class StepTrace(TorchDispatchMode):
     """Follows operations and the storages that they make, as long as it is entered.
 
@@ -122,6 +140,7 @@ class StepTrace(TorchDispatchMode):
         operations: How often each operation ran; alike ones are one.
         transfers: How often each collective ran.
         assumptions: Names of operations whose result hangs on values, and was assumed.
+        mode: That of tensors without memory, to recall what is run on them; None with real ones.
         host_peak: The most bytes of host memory in the step.
     """
 
@@ -135,6 +154,8 @@ class StepTrace(TorchDispatchMode):
         self.block_size = block_size
         self.offloads = offloads
         self._workspace = workspace
+        self._known = _KNOWN[workspace]
+        self.mode: FakeTensorMode | None = None
         self._host = 0
         self.phase: Phase = "forward"
         self._held: dict[int, _Held] = {}
@@ -252,38 +273,63 @@ class StepTrace(TorchDispatchMode):
     ) -> Any:
         if operator is _DEVICE_OF and type(args[0]) is FakeTensor:
             return args[0].fake_device  # asked for more often than all operations together
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its own operations on the shards come back here
-        check_time()
         kwargs = kwargs or {}
+        if any(kind is not FakeTensor and issubclass(kind, DTensor) for kind in types):
+            # its own operations on the shards come back here
+            return run_shards(self._run, operator, args, kwargs)
+        return self._run(operator, args, kwargs)
+
+    def _run(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        check_time()
         self._running = operator
+        call = None if self.mode is None else describe(self.mode, operator, args, kwargs)
+        known = None if call is None else self._known.get(call.key)
+        if self.mode is not None and call is not None and known is not None:
+            result, outputs = known.pattern.make(self.mode, call.tensors)
+            carry_on(operator, args, result)
+            self._hold(operator, args, kwargs, outputs, known.workspace)
+            self._count_operation(known.operation)
+            return result
+        pattern = None if call is None else pattern_before(operator)
         try:
-            result = operator(*args, **kwargs)
+            result = None if pattern else result_of(operator, args, kwargs, call is not None)
         except (DataDependentOutputException, DynamicOutputShapeException):
             result = assume(operator, args, kwargs)
             self.assumptions.add(operator.name())
+            call = None
         carry_on(operator, args, result)
+        outputs = list(tensors_in(result))
+        workspace = 0 if self._workspace is None else self._workspace(operator, args, result)
+        self._hold(operator, args, kwargs, outputs, workspace)
+        if operator.namespace in _COMMUNICATION[:2]:
+            self._note_transfer(operator, args, outputs)
+            return result
+        operation = self._operation(operator, args, kwargs, result, outputs)
+        self._count_operation(operation)
+        if self.mode is not None and call is not None and call.key not in self._known:
+            pattern = pattern or pattern_of(self.mode, result, call.tensors)
+            self._known[call.key] = None if pattern is None else _Known(pattern, operation, workspace)
+        return result
+
+    def _hold(
+        self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor], workspace: int
+    ) -> None:
+        """Follow what an operation has made, and what it held while it ran."""
         self._number += 1
         kind: Kind = "communication" if operator.namespace in _COMMUNICATION else _KINDS_OF_PHASES[self.phase]
         if self.offloads and self.phase == "update":
             kind = "host"
-        outputs = list(tensors_in(result))
         for tensor in outputs:
             for storage in storages(tensor):
                 if storage._cdata not in self._held:
                     self._follow(storage, kind)
-        if self._workspace is not None and (size := self._workspace(operator, args, result)):
-            self._change("temporary", size)
-            self._change("temporary", -size)
+        if workspace:
+            self._change("temporary", workspace)
+            self._change("temporary", -workspace)
         if self.offloads and self.phase != "update":
             self._note_shards(args, outputs)
         if operator.namespace in _IN_PLACE:
             self._note_buffers([*outputs, *tensors_in(kwargs.get("out", ()))])
-        if operator.namespace in _COMMUNICATION[:2]:
-            self._note_transfer(operator, args, outputs)
-        else:
-            self._note_operation(operator, args, kwargs, result, outputs)
-        return result
 
     def _note_buffers(self, written: list[Tensor]) -> None:
         """Note what was sent or gathered into, which was made like any other tensor."""
@@ -318,69 +364,31 @@ class StepTrace(TorchDispatchMode):
 
     def _note_transfer(self, operator: Any, args: tuple[Any, ...], outputs: list[Tensor]) -> None:
         tensors = [*tensors_in(args), *outputs]
-        sizes = [size for argument in args if (size := _group_size(argument))]
+        sizes = [size for argument in args if (size := group_size(argument))]
         if tensors and sizes:
             size = max(tensor.nbytes for tensor in tensors)
             self.transfers[Transfer(operator._overloadpacket.__name__, self.phase, size, sizes[0])] += 1
 
-    def _note_operation(
+    def _operation(
         self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, outputs: list[Tensor]
-    ) -> None:
+    ) -> Operation | None:
+        """Return what an operation costs in the forward pass; None of a view."""
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
         known = {storage._cdata for tensor in inputs for storage in storages(tensor)}
         made = [tensor for tensor in outputs if known.isdisjoint(storage._cdata for storage in storages(tensor))]
         flops = count_flops(operator, args, kwargs, result)
         in_place = operator._schema.is_mutable
         if not flops and not made and not in_place:
-            return  # a view
+            return None
         dtype = next((tensor.dtype for tensor in inputs if tensor.is_floating_point()), None)
         traffic = sum(tensor.nbytes for tensor in (*inputs, *(outputs if in_place else made)))
+        return Operation(operator.name(), "forward", flops, traffic, dtype, count_skipped(operator, args, flops))
+
+    def _count_operation(self, operation: Operation | None) -> None:
+        if operation is None:
+            return
+        phase = self.phase
         # a loss may take its own gradient in the forward pass
-        inside = self.phase == "forward" and torch._C._current_autograd_node() is not None
-        phase: Phase = "backward" if inside else self.phase
-        skipped = count_skipped(operator, args, flops)
-        self.operations[Operation(operator.name(), phase, flops, traffic, dtype, skipped)] += 1
-
-
-def storages(tensor: Any) -> Iterator[torch.UntypedStorage]:
-    """Yield what a tensor's values lie in on this process: of a DTensor its shard, of a subclass its parts."""
-    if type(tensor) is FakeTensor:  # most of them, whose layout and device take Python's time
-        if not tensor.is_sparse:
-            yield tensor.untyped_storage()
-        return
-    if isinstance(tensor, DTensor):
-        tensor = tensor._local_tensor
-    if not isinstance(tensor, Tensor):
-        return
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from storages(getattr(tensor, name))
-    elif tensor.layout is torch.strided and tensor.device.type != "meta":
-        yield tensor.untyped_storage()
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in an operation's arguments or result, in time that counts: a step has thousands of them."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from tensors_in(part)
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from tensors_in(part)
-
-
-def _group_size(argument: Any) -> int:
-    """Return how many processes a group has, which collectives take as an object or by its name; 0 for all else."""
-    if isinstance(argument, torch.ScriptObject):
-        try:
-            return int(ProcessGroup.unbox(argument).size())
-        except RuntimeError:  # a ReduceOp
-            return 0
-    if isinstance(argument, str):
-        try:
-            return int(_resolve_process_group(cast(Any, argument)).size())
-        except (RuntimeError, ValueError):  # the name of an operation, such as sum
-            return 0
-    return 0
+        if phase == "forward" and torch._C._current_autograd_node() is not None:
+            phase = "backward"
+        self.operations[operation if phase == "forward" else operation._replace(phase=phase)] += 1
