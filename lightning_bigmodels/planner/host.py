@@ -18,7 +18,8 @@ def copying_time(trace: StepTrace, phase: Phase, setting: Setting, hardware: Har
     """Return seconds of copies beside computing, of those that computing waits for, and of the longest of the former.
 
     What goes down and what comes up pass each other. One process alone copies its weights where it computes (torch
-    2.14): nothing is gathered, which would be done ahead.
+    2.14): nothing is gathered, which would be done ahead. Adding up the gradients of accumulated batches on the CPU is
+    left out.
     """
     rate = hardware.host_bandwidth * _COPY_EFFICIENCY
     seconds = {TO_DEVICE: 0.0, TO_HOST: 0.0}
