@@ -43,7 +43,7 @@ AUTOENCODER = {
 
 class Contract(contract.Contract):
     metric = "val_loss"
-    steps = 100
+    steps = 60
     short_steps = 6  # Adam makes a sum's rounding larger with every step
 
     def tiny(self, recipe, folder):

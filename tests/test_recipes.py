@@ -236,8 +236,8 @@ def test_3_predictions_land_in_a_file_in_order_and_complete(name, runs, tmp_path
 def test_4_broken_off_and_resumed_it_ends_with_the_same_weights(name, runs):
     run = runs(name)
     whole = torch.load(run.fitted() / "checkpoints" / "last.ckpt", weights_only=True)
-    # the tiny version writes two checkpoints: the break falls between them
-    broken_at = f"--trainer.callbacks.after_batch={run.contract.steps * 73 // 100}"
+    # the tiny version writes two checkpoints: the break falls between them, soon behind the first
+    broken_at = f"--trainer.callbacks.after_batch={run.contract.steps * 57 // 100}"
     with pytest.raises(BreakError):
         run.command("fit", "--trainer.callbacks+=tests.test_recipes.Break", broken_at, root="cut")
     assert run.command("fit", "--ckpt_path", "last", root="cut") == 0
@@ -312,8 +312,11 @@ def test_5_on_two_processes_it_gives_the_losses_and_metrics_of_one(name, runs, a
         flags = ["--ckpt_path", str(run.fitted() / "checkpoints" / "last.ckpt"), "--data.eval_batch_size", "5"]
         flags += ["--trainer.strategy", "ddp" if processes > 1 else "auto", f"--trainer.devices={processes}"]
         root = f"validate_{processes}"
-        results = run_on(processes, lambda flags=flags, root=root: run.command("validate", *flags, root=root))
-        assert results == [0] * processes
+        if processes == 1:
+            assert run.command("validate", *flags, root=root) == 0
+        else:
+            results = run_on(processes, lambda flags=flags, root=root: run.command("validate", *flags, root=root))
+            assert results == [0] * processes
     values = [metrics(run.folder / f"validate_{n}" / "validate/version_0")[metric][0] for n in (1, 2, 3)]
     assert values == pytest.approx([values[0]] * 3, rel=1e-7)
 
