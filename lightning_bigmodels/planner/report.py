@@ -127,14 +127,13 @@ def _calibration(plan: Plan) -> list[str]:
     if found is None:
         return []
     memory = "memory as planned, which was not measured" if found.memory is None else f"memory x {found.memory:.3g}"
-    lines = textwrap.wrap(
-        f"Calibrated by {found.run}: time x {found.seconds:.3g}, {memory}; measured on "
-        f"{_title(found.setting, found.hardware)}, {found.model}",
-        _LINE,
-    )
+    lines = [
+        f"Calibrated by {found.run}: time x {found.seconds:.3g}, {memory}",
+        f"  measured on {_title(found.setting, found.hardware)}, {found.model}",
+    ]
     others = found.differences(plan.setting, plan.model)
     if others:
-        lines.append(f"That run had another {' and '.join(others)} than this plan: the factors may be others here.")
+        lines.append(f"  which had another {' and '.join(others)} than this plan: the factors may be others here.")
     return lines
 
 

@@ -62,17 +62,16 @@ def test_a_report_says_whence_the_factors_are(tmp_path):
     text = report(made_plan().calibrated(read_calibration(run, "h100")), None, None, None, [])
     told = " ".join(text.split())
     assert (
-        f"Calibrated by {run}: time x 1.25, memory x 1.1; measured on 4 x h100, ddp, 32-true, batch_size 3, Made"
-        in told
+        f"Calibrated by {run}: time x 1.25, memory x 1.1 measured on 4 x h100, ddp, 32-true, batch_size 3, Made" in told
     )
-    assert "That run had another strategy and number of devices than this plan: the factors may be others here." in told
+    assert "which had another strategy and number of devices than this plan: the factors may be others here." in told
     assert "calibration 1.200 by a real run allocated 13.200" in told
 
     run = measured(tmp_path / "alike", {"step_seconds": 4}, {"step_seconds": 2})
     plan = made_plan().calibrated(read_calibration(run, "h100"))
     told = " ".join(report(plan, None, None, None, []).split())
-    assert "time x 0.5, memory as planned, which was not measured; measured on" in told
-    assert "That run had" not in told
+    assert "time x 0.5, memory as planned, which was not measured measured on" in told
+    assert "which had" not in told
     assert plan.room == made_plan().room
 
 
