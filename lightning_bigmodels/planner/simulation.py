@@ -130,7 +130,8 @@ class _Watch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx <= self.first_batch:
             self.trace.restart()
-        if batch_idx == self.first_batch:
+        # a single batch is a step: counted among others, it would keep the gradients of the step before
+        if batch_idx == self.first_batch < self.num_batches - 1:
             # Lightning steps behind those batches, counted from the run's first, that this divides
             trainer.accumulate_grad_batches = self.num_batches
         self.trace.phase = "forward"

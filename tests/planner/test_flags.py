@@ -71,7 +71,7 @@ def test_offload_with_layers_split_has_no_plan():
 def test_layers_may_be_split_over_any_number_of_processes():
     config = {"vocab_size": 300, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 6, "max_position_embeddings": 32}
-    data = Text("python-docs", vocab_size=300, block_size=32, batch_size=1)
+    data = Text("python-docs", vocab_size=300, block_size=32, batch_size=16)
     held = {}
     for size in (1, 3):
         arguments = {"tensor_parallel_size": size, "data_parallel_size": 6 // size}

@@ -2,11 +2,12 @@
 
 import pytest
 
+from lightning_bigmodels.__main__ import main
 from lightning_bigmodels.batch_size import Search, find_batch_size
 from lightning_bigmodels.planner.flags import setting_of
 from lightning_bigmodels.planner.simulation import simulate
 from lightning_bigmodels.trainer import Trainer
-from tests.test_recipes import PARAMETERS, Run
+from tests.test_recipes import ONE_PROCESS, PARAMETERS, Run
 
 KERNELS = 0.1 * 2**20
 """Bytes beside a network of less than 5 MiB that kernels pad and copy for themselves."""
@@ -14,8 +15,17 @@ KERNELS = 0.1 * 2**20
 UPPER_BOUNDS = {"detection/fasterrcnn_coco": 1.2}
 
 
-@pytest.mark.parametrize("name", sorted(PARAMETERS))
-def test_1_the_planned_peak_is_within_two_percent_of_the_allocated_one(name, tmp_path, text_file, monkeypatch):
+MIDDLE = {
+    "gan/dcgan": [],
+    "segmentation/digits": ["--trainer.accumulate_grad_batches=2"],
+    "super_resolution/edsr_x2": ["--trainer.precision=32-true"],
+}
+"""Recipes at full size, on batches of their own size, with another setting of some."""
+
+
+@pytest.fixture
+def found(monkeypatch, tmp_path):
+    """Return a list to which `bigmodels batch-size` adds what is planned and what is allocated."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.chdir(tmp_path)
     found = []
@@ -28,7 +38,20 @@ def test_1_the_planned_peak_is_within_two_percent_of_the_allocated_one(name, tmp
     monkeypatch.setattr(Trainer, "batch_size", batch_size)
     # one step, of the recipe's own batch
     monkeypatch.setattr(Search, "next_size", lambda search: None if search.trials else search.max_size)
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_1_the_planned_peak_is_within_two_percent_of_the_allocated_one(name, tmp_path, text_file, found):
     assert Run(name, tmp_path, text_file, tmp_path).command("batch-size") == 0
     planned, allocated = found
     assert allocated - max(0.02 * allocated, KERNELS) <= planned
     assert planned <= max(UPPER_BOUNDS.get(name, 1.02) * allocated, allocated + KERNELS)
+
+
+@pytest.mark.parametrize("name", MIDDLE)
+def test_the_planned_peak_at_full_size_is_within_two_percent_of_the_allocated_one(name, tmp_path, found):
+    flags = [f"--trainer.{key}={value}" for key, value in ONE_PROCESS.items()]
+    assert main(["batch-size", "--config", name, *flags, f"--trainer.default_root_dir={tmp_path}", *MIDDLE[name]]) == 0
+    planned, allocated = found
+    assert planned == pytest.approx(allocated, rel=0.02)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from contextlib import nullcontext
+from itertools import accumulate
 
 import pytest
 import torch
@@ -184,3 +185,12 @@ def test_what_cannot_be_planned_is_named():
     for strategy, words in {"fsdp": "plan with fsdp2, which holds the same shards", "ddp_spawn": "with ddp or"}.items():
         with pytest.raises(InputError, match=words):
             simulate(*classifier(), Setting(strategy, batch_size=ROWS, devices=2))
+
+
+@pytest.mark.parametrize(("batches", "least"), [(1, 0), (2, 1)])
+def test_gradients_of_the_last_step_are_let_go_before_the_backward_pass_of_a_step_s_first_batch(batches, least):
+    trace = simulate(*language_model(), Setting(batch_size=ROWS, accumulate_grad_batches=batches))
+    held = trace.start["gradients"]
+    changes = [change.difference for change in trace.changes if change.kind == "gradients"]
+    assert held > 0
+    assert min(accumulate(changes, initial=held)) == least * held
