@@ -113,7 +113,7 @@ def test_few_data_get_smaller_batches_a_part_to_measure_on_and_a_lower_rate():
     assert (options["data.batch_size"], options["data.val_fraction"]) == (2, 0.125)
     # SGD: in proportion, 0.1 x 2 / 128
     assert rate_options(recipe, options, 1) == {"model.optimizer.init_args.lr": 0.0016}
-    adam = rate_options(RECIPES["gan/dcgan"], {"data.batch_size": 16}, 1)
+    adam = rate_options(RECIPES["gan/dcgan"], {"data.batch_size": 32}, 1)
     assert adam == dict.fromkeys(("model.optimizer.init_args.lr", "model.discriminator_optimizer.init_args.lr"), 0.0005)
     assert rate_options(recipe, {}, 1) == {}
 
