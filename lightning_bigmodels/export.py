@@ -115,10 +115,9 @@ def _parts(exported: Exported | None, network: Any) -> dict[str, tuple[Exportabl
 
 
 def _write_files(exportable: Exportable, network: Any, formats: list[Format], title: str, folder: Path) -> None:
-    # a copy: the module stays where it is, and in training if it was
-    exportable = exportable._replace(
-        network=copy.deepcopy(exportable.network).cpu().eval(), inputs=tuple(given.cpu() for given in exportable.inputs)
-    )
+    # a copy: the module stays where it is and how its weights lie, and in training if it was
+    plain = copy.deepcopy(exportable.network).cpu().eval().to(memory_format=torch.contiguous_format)
+    exportable = exportable._replace(network=plain, inputs=tuple(given.cpu() for given in exportable.inputs))
     # weights alone are run by nobody
     tried = trials(exportable) if set(formats) - {"weights"} else []
     # an axis of one element would be taken for one that never has more

@@ -75,8 +75,11 @@ def write(exportable: Exportable, weights: nn.Module, formats: list[Format], fol
     notes: dict[str, Any] = {}
     if "weights" in formats:
         # copies: tensors that share memory, as tied weights do, are refused, and loading them one by one is what works
-        # with every network
-        state = {name: value.detach().cpu().clone() for name, value in weights.state_dict().items()}
+        # with every network; in the plain layout, for safetensors takes no other
+        state = {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in weights.state_dict().items()
+        }
         safetensors.torch.save_file(state, folder / FILES["weights"], metadata={"format": "pt"})
     if "torch" in formats or "onnx" in formats:
         with _explained("torch"):

@@ -229,8 +229,6 @@ class PictureCoding(Task, ABC):
         network = self.network
         if self.architecture == AUTOENCODER_KL:
             return LibraryFolder(lambda folder: whole_kl(network).save_pretrained(folder), self._check_folder)
-        # safetensors takes no other layout than the plain one
-        network = network.to(memory_format=torch.contiguous_format)
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randint(256, (2, *self.image_shape), dtype=torch.uint8, generator=generator)
         latents = torch.randn((2, *network.latent_shape), generator=generator)

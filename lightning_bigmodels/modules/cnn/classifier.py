@@ -237,10 +237,8 @@ class ImageClassifier(FineTuning, Classification):
             raise RuntimeError("exportable needs the network; call configure_model or load a checkpoint first")
         size = (2, self.channels, self.image_size, self.image_size)
         pixels = torch.randint(256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        # safetensors takes no other layout than the plain one
-        network = self.network.to(memory_format=torch.contiguous_format)
         return Exportable(
-            network=_Probabilities(network, self.multi_label),
+            network=_Probabilities(self.network, self.multi_label),
             inputs=(pixels,),
             input_names=("images",),
             output_names=("probabilities",),

@@ -318,11 +318,9 @@ class ImageSegmenter(NamedClasses):
         assert self.network is not None
         count, height, width = _EXAMPLE
         generator = torch.Generator().manual_seed(0)
-        # files of tensors hold the plain layout alone
-        network = self.network.to(memory_format=torch.contiguous_format)
         images = torch.randint(256, (count, self.channels, height, width), dtype=torch.uint8, generator=generator)
         return Exportable(
-            network=_Probabilities(network),
+            network=_Probabilities(self.network),
             inputs=(images,),
             input_names=("images",),
             output_names=("probabilities",),

@@ -294,13 +294,11 @@ class GAN(Alternation, PictureGeneration):
     @override
     def exportable(self) -> Exportable:
         assert self.network is not None
-        # files hold contiguous tensors alone
-        network = self.network.to(memory_format=torch.contiguous_format)
         inputs = [torch.randn(2, self.latent_dim, generator=torch.Generator().manual_seed(0))]
         if self.num_classes:
             inputs.append(torch.arange(2) % self.num_classes)
         return Exportable(
-            network=_Pictures(network),
+            network=_Pictures(self.network),
             inputs=tuple(inputs),
             input_names=("latents", "labels")[: len(inputs)],
             output_names=("pictures",),

@@ -76,6 +76,13 @@ def test_channels_last_changes_nothing_but_the_layout():
     assert models[1].network.layers[1].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_an_export_leaves_the_module_as_its_weights_lie(tmp_path):
+    model = built(image_size=16, channels_last=True)
+    export(model, tmp_path / "out", ["weights"])
+    assert (tmp_path / "out" / "weights.safetensors").is_file()
+    assert model.network.layers[1].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_penalties_are_added_with_their_weights_and_r1_only_at_its_interval():
     batch = batch_of()
     plain = built(discriminator_norm="layer")
