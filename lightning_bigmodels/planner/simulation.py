@@ -5,7 +5,7 @@ import gc
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
@@ -34,6 +35,8 @@ from lightning_bigmodels.tasks import Task
 
 _LONG_RUN = 10**6
 """What a schedule is laid over, whose warmup may be longer than what is simulated."""
+_NO_THREAD = -1
+"""Where torch keeps meshes of threads apart, that of no thread."""
 _BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's own
 
 
@@ -290,9 +293,23 @@ def _process_group(strategy: Strategy, world_size: int) -> Iterator[None]:
     strategy._launcher = None
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
-        yield
+        with mock.patch.object(DeviceMesh, "__init__", _made_up(DeviceMesh.__init__)):
+            yield
     finally:
         dist.destroy_process_group()
+
+
+def _made_up(make: Callable[..., None]) -> Callable[..., None]:
+    """Return what makes meshes that equal those of other plans, and no real one.
+
+    torch keeps what operations on equal meshes return, and would give a run one whose processes are not there (2.14).
+    """
+
+    def make_apart(mesh: DeviceMesh, *args: Any, **kwargs: Any) -> None:
+        make(mesh, *args, **kwargs)
+        mesh._thread_id = _NO_THREAD
+
+    return make_apart
 
 
 def _set_up_without_memory(

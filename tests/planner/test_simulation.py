@@ -18,6 +18,8 @@ from lightning_bigmodels.planner.course import course_of
 from lightning_bigmodels.planner.simulation import Setting, simulate
 from lightning_bigmodels.planner.trace import TO_DEVICE, TO_HOST, StepTrace
 from lightning_bigmodels.tasks import Task
+from tests.conftest import TINY_LLAMA
+from tests.workers import fit_on
 
 ROWS = 8
 
@@ -194,3 +196,17 @@ def test_gradients_of_the_last_step_are_let_go_before_the_backward_pass_of_a_ste
     changes = [change.difference for change in trace.changes if change.kind == "gradients"]
     assert held > 0
     assert min(accumulate(changes, initial=held)) == least * held
+
+
+def test_a_run_behind_a_plan_has_its_own_processes(text):
+    def model():
+        return CausalLanguageModel("llama", TINY_LLAMA)
+
+    def ranks(trainer):
+        (optimizer,) = trainer.optimizers
+        return {state["exp_avg"].device_mesh.get_coordinate()[0] for state in optimizer.state.values()}
+
+    data = text(batch_size=4)
+    simulate(model(), data, Setting("fsdp2", batch_size=4, devices=2))
+    found = fit_on(2, "fsdp2", model, lambda: data, report=ranks, max_steps=1)
+    assert [one.report for one in found] == [{0}, {1}]
