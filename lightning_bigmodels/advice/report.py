@@ -119,7 +119,8 @@ def _data(facts: Facts) -> Iterator[str]:
 
 def _sentences(facts: Facts) -> Iterator[str]:
     parts = ", ".join(f"{name} {number:,}" for name, number in facts.parts.items())
-    total = f"{facts.num_train:,} {facts.unit}" if len(facts.parts) == 1 else f"{facts.unit}: {parts}"
+    unit = facts.unit.removesuffix("s") if facts.num_train == 1 else facts.unit
+    total = f"{facts.num_train:,} {unit}" if len(facts.parts) == 1 else f"{facts.unit}: {parts}"
     if facts.num_bytes:
         total += f", {_bytes(facts.num_bytes)}"
     if facts.sides and facts.extremes:
@@ -137,8 +138,8 @@ def _sentences(facts: Facts) -> Iterator[str]:
     for name, what in list(facts.columns.items())[:_COLUMNS]:
         empty = facts.missing.get(name)
         yield f"{name}: {what}" + (f", {empty:,} missing" if empty else "")
-    if len(facts.columns) > _COLUMNS:
-        yield f"and {len(facts.columns) - _COLUMNS} more columns"
+    if (more := len(facts.columns) - _COLUMNS) > 0:
+        yield f"and {more} more column{'s' if more > 1 else ''}"
 
 
 def _classes(facts: Facts) -> str:
@@ -192,10 +193,10 @@ def _length(length: Length, fits: bool) -> str:
     if length.steps < _FEW_STEPS and length.possible_epochs >= enough:
         own += f": few steps, so try --trainer.max_epochs {enough}"
     if length.share >= 1:
-        return f"{own}; {length.hours:g} h would do for {_count(length.possible_epochs)}"
+        return f"{own}; {length.hours:g} h would do for {_count(length.possible_epochs)} epochs"
     if not length.possible_steps:
         return f"{own}; {length.hours:g} h are not enough for a step"
-    possible = f"{own}; {length.hours:g} h do for {_count(length.possible_epochs)}"
+    possible = f"{own}; {length.hours:g} h do for {_count(length.possible_epochs)} epochs"
     if length.share < _LITTLE:
         return f"{possible}, which is {length.share:.1%} of it and too little to learn much"
     return f"{possible}, to which the command is cut" if fits else possible

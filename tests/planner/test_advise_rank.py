@@ -208,12 +208,12 @@ def test_the_report_names_data_hardware_recipe_reason_plan_and_command():
         "   + pretrained: 40 pictures, 20 of a class, are few to learn to see from",
         "   = fits: uses 3.0 of 22.0 GiB, uncertain by 0.50",
         "   = 100 ms a step of 32 rows, 320 samples/s, bound by compute",
-        "   = the recipe's 10 epochs are 1,000 steps and take 2 min; 8 h would do for 2,592",
+        "   = the recipe's 10 epochs are 1,000 steps and take 2 min; 8 h would do for 2,592 epochs",
         "   ! fetches weights of ImageNet when it starts",
         "   bigmodels fit --config image/finetune_efficientnet --data.source photos --model.num_classes 2 \\",
     ):
         assert f"\n{line}\n" in f"\n{shown}\n", f"{line!r} is not in:\n{shown}"
-    assert "0.01 h do for 3.24, to which the command is cut" in " ".join(shown.split())
+    assert "0.01 h do for 3.24 epochs, to which the command is cut" in " ".join(shown.split())
     assert "to make more pictures like these (--task generate): diffusion/flow_matching, " in shown
     assert max(map(len, shown.splitlines())) <= 100
 
