@@ -1,4 +1,9 @@
-"""Where a plan's one process finds itself: the first of all those that a run would have."""
+"""Where a plan's one process finds itself: the first of all those that a run would have, on a machine without GPUs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 from lightning.fabric.plugins import ClusterEnvironment
 from typing_extensions import override
@@ -58,3 +63,26 @@ class FirstProcess(ClusterEnvironment):
     @override
     def node_rank(self) -> int:
         return 0
+
+
+@contextmanager
+def without_gpus() -> Iterator[None]:
+    """Hide this machine's GPUs, which others may be using, and whose random state is the run's.
+
+    Lightning reads and sets the random state of each around a validation (2.6), for which CUDA is started on all.
+    """
+
+    def nothing(*_: Any) -> None:
+        return None
+
+    with mock.patch.multiple(
+        "torch.cuda",
+        device_count=lambda: 0,
+        is_available=lambda: False,
+        is_initialized=lambda: False,
+        _initialized=False,
+        is_current_stream_capturing=lambda: False,
+        manual_seed=nothing,
+        manual_seed_all=nothing,
+    ):
+        yield

@@ -26,7 +26,7 @@ from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner.corrections import on_cuda, use_cuda_defaults
 from lightning_bigmodels.planner.detections import assume_detections
 from lightning_bigmodels.planner.eight_bit import use_8bit
-from lightning_bigmodels.planner.first_process import FirstProcess
+from lightning_bigmodels.planner.first_process import FirstProcess, without_gpus
 from lightning_bigmodels.planner.fusion import fuse
 from lightning_bigmodels.planner.trace import StepTrace, Transfer
 from lightning_bigmodels.planner.workspace import cpu_workspace
@@ -205,6 +205,7 @@ def simulate(
     with ExitStack() as stack:
         stack.enter_context(_only_new_garbage())
         stack.enter_context(_quiet())
+        stack.enter_context(without_gpus())
         trainer = _trainer(setting, _Watch(trace, first_batch, num_batches, like_cuda))
         stack.enter_context(_process_group(trainer.strategy, setting.world_size))
         stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -96,6 +96,22 @@ def test_the_peak_is_within_two_percent_of_a_real_one(make):
     assert found == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.parametrize("setting", [Setting(), Setting("fsdp2", "16-mixed", devices=2, activation_checkpointing=True)])
+def test_gpus_of_this_machine_are_left_alone_and_change_nothing(setting, monkeypatch):
+    setting = dataclasses.replace(setting, batch_size=2)
+    expected = simulate(*language_model(), setting, 512, like_cuda=True)
+    for name in dir(torch._C):
+        if name.startswith("_cuda_"):
+            monkeypatch.setattr(torch._C, name, lambda *args, name=name: pytest.fail(f"{name} was called"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    # what torch does once CUDA is started
+    monkeypatch.setattr(torch.cuda, "_queued_calls", [])
+    found = simulate(*language_model(), setting, 512, like_cuda=True)
+    assert torch.cuda._queued_calls == []
+    assert (found.peak, found.operations, found.transfers) == (expected.peak, expected.operations, expected.transfers)
+
+
 def test_strategies_hold_and_send_their_part():
     model, data = language_model()
     alone = simulate(model, data, Setting(batch_size=ROWS)).peak.held
