@@ -40,6 +40,7 @@ from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.lazy import import_named
 from lightning_bigmodels.planner.flags import setting_from_lines
 from lightning_bigmodels.recipe_files import display_name, find_config, settles_model
+from lightning_bigmodels.strategies.batch_norm import one_value_explained
 from lightning_bigmodels.strategies.checkpoint_io import WholeCheckpointIO
 from lightning_bigmodels.strategies.precision import with_true_precision
 from lightning_bigmodels.trainer import Trainer
@@ -280,7 +281,8 @@ class CLI(LightningCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            super()._run_subcommand(subcommand)
+            with one_value_explained():
+                super()._run_subcommand(subcommand)
         except BadNumbersError:
             # all processes raise it, and the first one says it for all
             if not self.trainer.is_global_zero:

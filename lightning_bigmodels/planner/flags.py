@@ -32,6 +32,7 @@ def setting_of(trainer: pl.Trainer, datamodule: Any) -> Setting:
         batch_size=_batch_size(datamodule),
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         gradient_clip_val=_as_float(trainer.gradient_clip_val),
+        sync_batchnorm=getattr(trainer.strategy, "_layer_sync", None) is not None,
         averages_weights=any(
             kind.__name__ in _AVERAGES for callback in vars(trainer)["callbacks"] for kind in type(callback).__mro__
         ),
@@ -59,6 +60,7 @@ def setting_from_lines(lines: Mapping[str, Any], datamodule: Any) -> Setting:
         batch_size=_batch_size(datamodule),
         accumulate_grad_batches=int(lines.get("accumulate_grad_batches") or 1),
         gradient_clip_val=_as_float(lines.get("gradient_clip_val")),
+        sync_batchnorm=bool(lines.get("sync_batchnorm")),
         averages_weights=_averages(lines.get("callbacks")),
     )
 

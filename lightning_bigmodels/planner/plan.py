@@ -23,6 +23,7 @@ from lightning_bigmodels.planner.simulation import Setting, simulate
 from lightning_bigmodels.planner.timing import StepTime, estimate_time
 from lightning_bigmodels.planner.trace import Kind, Moment
 from lightning_bigmodels.planner.traffic import Traffic, traffic_of
+from lightning_bigmodels.strategies.batch_norm import one_value_explained
 
 BLOCK_SIZE = 512
 """Bytes that the blocks of CUDA's caching allocator are a multiple of."""
@@ -203,7 +204,8 @@ def make_plan(model: LightningModule, datamodule: Any, setting: Setting, hardwar
         raise InputError(f"{type(datamodule).__name__} has no example_batch(batch_size) to plan with; add one")
     on_cpu = hardware.name == "cpu"
     try:
-        trace = simulate(model, datamodule, setting, 1 if on_cpu else BLOCK_SIZE, like_cuda=not on_cpu)
+        with one_value_explained():
+            trace = simulate(model, datamodule, setting, 1 if on_cpu else BLOCK_SIZE, like_cuda=not on_cpu)
     except RuntimeError as error:
         if not isinstance(error, UnsupportedOperatorException) and not any(words in str(error) for words in _NOT_FAKE):
             raise

@@ -80,6 +80,7 @@ class _Search:
         # a training step that steps its optimizers itself cannot spread a batch over several
         self._accumulates = bool(getattr(model, "automatic_optimization", True))
         self._may_use_8bit = arguments_8bit(model) is not None
+        self._fewest_rows = 1
 
     def run(self) -> None:
         start = self._first.setting
@@ -110,7 +111,7 @@ class _Search:
                 setting = self._climb(setting, change)
 
     def _climb(self, setting: Setting, change: _Change) -> Setting:
-        """Apply a change as often as it helps and is needed, with one row at a time; return how far that went."""
+        """Apply a change as often as it helps and is needed, with the fewest rows; return how far that went."""
         while (changed := change(setting)) is not None:
             plan = self._try(self._with_batch(changed, 1))
             before = self._plans.get(self._with_batch(setting, 1))
@@ -141,6 +142,7 @@ class _Search:
     def _with_batch(self, setting: Setting, size: int) -> Setting:
         if not self._accumulates:
             return setting
+        size = max(size, self._fewest_rows)
         factor = setting.batch_size // size
         return replace(setting, batch_size=size, accumulate_grad_batches=setting.accumulate_grad_batches * factor)
 
@@ -149,17 +151,22 @@ class _Search:
         sizes = [size for size in range(setting.batch_size, 0, -1) if setting.batch_size % size == 0]
         sizes = sizes if self._accumulates else sizes[:1]
         whole = self._try(setting)
-        one = self._try(self._with_batch(setting, sizes[-1]))
-        if whole is None or one is None or not one.room.fits:
+        least = self._try(self._with_batch(setting, sizes[-1]))
+        if least is None and whole is not None and self._fewest_rows == 1 and len(sizes) > 1:
+            # batch norm may want two rows
+            self._fewest_rows = sizes[-2]
+            least = self._try(self._with_batch(setting, sizes[-2]))
+        if whole is None or least is None or not least.room.fits:
             return False
         # memory grows in proportion to the batch
-        slope = (whole.room.used - one.room.used) / max(1, setting.batch_size - 1)
+        fewest = least.setting.batch_size
+        slope = (whole.room.used - least.room.used) / max(1, setting.batch_size - fewest)
         for size in sizes[:-1]:
-            if (size - 1) * slope <= one.room.spare - one.room.uncertainty:
+            if size > fewest and (size - fewest) * slope <= least.room.spare - least.room.uncertainty:
                 plan = self._try(self._with_batch(setting, size))
                 if plan is not None and plan.room.fits:
-                    # of one row was tried to find this
-                    self.trials = [trial for trial in self.trials if trial.plan is not one]
+                    # of the fewest rows was tried to find this
+                    self.trials = [trial for trial in self.trials if trial.plan is not least]
                     break
         return True
 

@@ -30,6 +30,7 @@ from lightning_bigmodels.planner.first_process import FirstProcess, without_gpus
 from lightning_bigmodels.planner.fusion import fuse
 from lightning_bigmodels.planner.trace import StepTrace, Transfer
 from lightning_bigmodels.planner.workspace import cpu_workspace
+from lightning_bigmodels.strategies.batch_norm import one_value_allowed
 from lightning_bigmodels.strategies.precision import with_true_precision
 from lightning_bigmodels.tasks import Task
 
@@ -53,6 +54,7 @@ class Setting:
         accumulate_grad_batches: Batches of an optimizer step.
         gradient_clip_val: As for the Trainer.
         activation_checkpointing: Whether blocks are computed anew in the backward pass; None: as the model says.
+        sync_batchnorm: Whether batch norm is over the batches of all processes.
         averages_weights: Whether a callback keeps an average of the weights, on the device that trains them.
         optimizer_8bit: Whether the model's AdamW gives way to one with moments of 8 bits.
     """
@@ -65,6 +67,7 @@ class Setting:
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = None
     activation_checkpointing: bool | None = None
+    sync_batchnorm: bool = False
     averages_weights: bool = False
     optimizer_8bit: bool = False
 
@@ -217,6 +220,8 @@ def simulate(
         if like_cuda:
             stack.enter_context(on_cuda())
         stack.enter_context(assume_detections(trace))
+        if setting.sync_batchnorm and setting.world_size > 1:
+            stack.enter_context(one_value_allowed())  # there are those of the other processes
         stack.enter_context(warnings.catch_warnings())
         # what a real run may be told of, a plan need not
         warnings.simplefilter("ignore")

@@ -1,8 +1,12 @@
-"""Batch normalization over the batches of all processes on CPUs, for `trainer.sync_batchnorm`."""
+"""Batch normalization over the batches of all processes on CPUs, for `trainer.sync_batchnorm`, and of too few rows."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.plugins import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
@@ -10,6 +14,8 @@ from torch.distributed import ProcessGroup, all_reduce, get_world_size, is_initi
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
+
+from lightning_bigmodels.errors import InputError
 
 
 class _Sum(torch.autograd.Function):
@@ -127,6 +133,46 @@ def synchronize(network: nn.Module, strategy: Strategy, mesh: DeviceMesh | None 
         layers = SynchronizedLayers(None if mesh is None else mesh.get_group())
         strategy._layer_sync = layers  # type: ignore[attr-defined]
     return network if mesh is None or layers is None else layers.apply(network)
+
+
+@contextmanager
+def one_value_explained() -> Iterator[None]:
+    """Say what to do where torch refuses to train batch norm, on one value per channel."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            "batch norm cannot be trained on one value per channel, all that one row has behind pooling; set "
+            "data.batch_size to 2 or more, or trainer.sync_batchnorm on several devices"
+        ) from error
+
+
+@contextmanager
+def one_value_allowed() -> Iterator[list[torch.Size]]:
+    """Let batch norm train on one value per channel, as if there were two of it; hand out the shapes where it did."""
+    plain = F.batch_norm
+    allowed: list[torch.Size] = []
+
+    def batch_norm(
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        others = (running_mean, running_var, weight, bias, training, momentum, eps)
+        if not training or input.numel() > input.shape[1]:
+            return plain(input, *others)
+        allowed.append(input.shape)
+        return plain(torch.cat([input, input]), *others)[:1]
+
+    with mock.patch.object(F, "batch_norm", batch_norm):
+        yield allowed
 
 
 def _plain(norm: Any) -> nn.Module:

@@ -38,8 +38,8 @@ def test_lines_name_a_strategy(strategy, name):
 )
 def test_lines_count_devices(devices, number):
     lines = {"devices": devices, "num_nodes": 2, "precision": "16-mixed", "accumulate_grad_batches": 3}
-    found = setting_from_lines({**lines, "gradient_clip_val": 1}, ToyData(batch_size=5))
-    assert found == Setting("auto", "16-mixed", number, 2, 5, 3, 1.0)
+    found = setting_from_lines({**lines, "gradient_clip_val": 1, "sync_batchnorm": True}, ToyData(batch_size=5))
+    assert found == Setting("auto", "16-mixed", number, 2, 5, 3, 1.0, sync_batchnorm=True)
     callbacks = [{"class_path": "Throughput"}, {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]
     assert setting_from_lines({"devices": devices, "callbacks": callbacks}, ToyData()).averages_weights
     assert not setting_from_lines({"devices": devices, "callbacks": callbacks[:1]}, ToyData()).averages_weights
@@ -102,12 +102,14 @@ def test_a_trainer_is_a_setting(strategy, name):
         strategy=strategy,
         accumulate_grad_batches=2,
         gradient_clip_val=0.5,
+        sync_batchnorm=name == "ddp",
         logger=False,
         enable_checkpointing=False,
         callbacks=[EMAWeightAveraging()] if name == "ddp" else [],
     )
     found = setting_of(trainer, ToyData())
-    assert found == Setting(name, "32-true", trainer.num_devices, 1, 4, 2, 0.5, averages_weights=name == "ddp")
+    more = {"sync_batchnorm": name == "ddp", "averages_weights": name == "ddp"}
+    assert found == Setting(name, "32-true", trainer.num_devices, 1, 4, 2, 0.5, **more)
     # the processes that split a layer see the same rows
     assert replicas(found) == {"auto": 1, "fsdp2_tp2": 2}.get(name, 4)
 

@@ -3,7 +3,8 @@
 import pytest
 
 from lightning_bigmodels.__main__ import main
-from lightning_bigmodels.batch_size import Search, find_batch_size
+from lightning_bigmodels.batch_search import Search
+from lightning_bigmodels.batch_size import find_batch_size
 from lightning_bigmodels.planner.flags import setting_of
 from lightning_bigmodels.planner.simulation import simulate
 from lightning_bigmodels.trainer import Trainer

@@ -42,6 +42,25 @@ def test_the_largest_batch_that_fits_keeps_the_rows_of_a_step():
     assert fitting == ["--data.batch_size 3 --trainer.accumulate_grad_batches 12"]
 
 
+def test_where_one_row_cannot_be_planned_the_fewest_that_can_take_its_place():
+    def changes(state, **setting):
+        def replan(changed):
+            if changed.batch_size == 1:
+                raise InputError("batch norm")
+            return made_plan(changed, state)
+
+        trials = find_changes(made_plan(Setting(**setting), state), Fixed(), replan)
+        return [" ".join(trial.flags) for trial in trials if trial.fits], [trial.reason for trial in trials]
+
+    fitting, reasons = changes(8, batch_size=8)
+    assert fitting == ["--data.batch_size 2 --trainer.accumulate_grad_batches 4"]
+    assert reasons == ["batch norm", ""]
+    assert changes(8, batch_size=9)[0] == ["--data.batch_size 3 --trainer.accumulate_grad_batches 3"]
+    # where there is no smaller batch, other changes are tried with this one
+    others = ["--trainer.strategy fsdp2_offload", "--trainer.strategy fsdp2 --trainer.devices 2"]
+    assert changes(20, batch_size=2)[0] == others
+
+
 def test_two_changes_that_fit_are_enough_of_a_choice():
     _, fitting = tried(Setting(batch_size=8, devices=4), Model())
     assert fitting == [
