@@ -33,7 +33,7 @@ def export(module: LightningModule, folder: str | Path, formats: list[Format] | 
     Args:
         module: A LightningModule with `network` built and its weights loaded.
         folder: Where to; it must not exist, or be empty.
-        formats: Which of the files; None: all that can hold the network.
+        formats: Which of the files; None: all that can hold the network and whose packages are installed.
 
     Raises:
         InputError: `folder` holds something, or there is no such format for this network.
@@ -49,6 +49,8 @@ def export(module: LightningModule, folder: str | Path, formats: list[Format] | 
     if formats is not None and (exported is None or isinstance(exported, LibraryFolder)):
         raise InputError("formats is set, and this network becomes a Hugging Face folder; leave formats out")
     parts = _parts(exported, network)
+    if formats is None:
+        parts = {name: (export_formats.installed(each), weights) for name, (each, weights) in parts.items()}
     chosen = {subfolder: export_formats.chosen(each, formats) for subfolder, (each, _) in parts.items()}
     target = Path(folder)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
@@ -97,7 +99,7 @@ def load_exported(folder: str | Path, name: Format = "torch") -> Callable[..., d
 
 
 def unsupported(folder: Path) -> dict[str, str]:
-    """Return the files that an exported folder lacks since they cannot hold its network, and why."""
+    """Return the files that an exported folder lacks although nobody left them out, and why."""
     found: dict[str, str] = {}
     for path in sorted(folder.rglob(DESCRIPTION)):
         reasons: dict[Format, str] = json.loads(path.read_text(encoding="utf-8"))["unsupported"]

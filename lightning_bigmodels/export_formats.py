@@ -51,13 +51,22 @@ def chosen(exportable: Exportable, formats: list[Format] | None) -> list[Format]
             raise InputError(f"{FILES[name]} cannot be written: {exportable.unsupported[name]}; leave {name} out")
     found = [name for name in FILES if name in (formats or FILES) and name not in exportable.unsupported]
     if "onnx" in found:
-        try:
-            for package in ("onnx", "onnxscript", "onnxruntime"):
-                require(package, extra="onnx")
-        except InputError as error:
-            others = ",".join(name for name in found if name != "onnx")
-            raise InputError(f"{error}, or do without model.onnx: --formats [{others}]") from error
+        _require_onnx()
     return found
+
+
+def installed(exportable: Exportable) -> Exportable:
+    """Return what is exported, unsupported in a format whose packages are not installed."""
+    try:
+        _require_onnx()
+    except InputError as error:
+        return exportable._replace(unsupported={"onnx": str(error), **exportable.unsupported})
+    return exportable
+
+
+def _require_onnx() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        require(package, extra="onnx")
 
 
 def write(exportable: Exportable, weights: nn.Module, formats: list[Format], folder: Path) -> dict[str, Any]:

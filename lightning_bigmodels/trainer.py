@@ -81,8 +81,8 @@ class Trainer(pl.Trainer):
             datamodule: Not used, and not set up: export needs no data.
             output: Folder to write to.
             ckpt_path: Checkpoint to load: a path, or best or last of the latest fit.
-            formats: Which files: torch, onnx, weights, or some of them as [torch,weights]; null writes all that can
-                hold the network.
+            formats: Which files: torch, onnx (with the extra onnx), weights, or some of them as [torch,weights]; null
+                writes all that can hold the network and whose packages are installed.
 
         Returns:
             The folder.

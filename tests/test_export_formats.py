@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_bigmodels import export_comparison, export_formats
 from lightning_bigmodels.errors import InputError, RunError
-from lightning_bigmodels.export import export, load_exported
+from lightning_bigmodels.export import export, load_exported, unsupported
 from lightning_bigmodels.exportable import Exportable
 from lightning_bigmodels.networks.pixels import PixelNetwork
 
@@ -228,12 +228,20 @@ def test_what_is_not_there_is_said_with_its_remedy(classifier, folder, tmp_path,
         load_exported(tmp_path)
     with pytest.raises(InputError, match="weights.safetensors holds tensors, which do not run by themselves"):
         load_exported(folder, "weights")
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(InputError) as refused:
-        export(classifier, tmp_path / "out")
-    assert "'lightning-bigmodels[onnx]'" in str(refused.value)
-    assert "or do without model.onnx: --formats [torch,weights]" in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_without_its_packages_onnx_is_left_out_unless_it_is_asked_for(classifier, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    reason = f"{package} is not installed; install it with: pip install 'lightning-bigmodels[onnx]'"
+    with pytest.raises(InputError) as refused:
+        export(classifier, tmp_path / "out", ["torch", "onnx"])
+    assert str(refused.value) == reason
+    assert list(tmp_path.iterdir()) == []
+    folder = export(classifier, tmp_path / "out")
+    assert {path.name for path in folder.iterdir()} == {"model.pt2", "weights.safetensors", "description.json"}
+    assert unsupported(folder) == {"model.onnx": reason}
 
 
 class Undecided(nn.Module):
