@@ -89,10 +89,10 @@ class Contract(contract.Contract):
 
     def predictions(self, folder, scratch):
         prompts = scratch / "prompts.txt"
-        prompts.write_text("a red circle\n\na blue square left of a red circle\na green triangle\n", encoding="utf-8")
+        prompts.write_text("a red circle\na blue square left of a red circle\na green triangle\n", encoding="utf-8")
 
         def of_file(rows, folder):
-            assert [row["prompt"] for row in rows] == [line for line in prompts.read_text().splitlines() if line]
+            assert [row["prompt"] for row in rows] == prompts.read_text(encoding="utf-8").splitlines()
             assert len({row["seed"] for row in rows}) == len(rows)
             for row in rows:
                 with Image.open(folder / row["picture"]) as image:

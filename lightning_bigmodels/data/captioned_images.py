@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_bigmodels.data.batches import CaptionBatch
 from lightning_bigmodels.data.datamodule import check_at_least
 from lightning_bigmodels.data.loading import EpochSampler, ResumableDataLoader
-from lightning_bigmodels.data.prompts import Prompts
+from lightning_bigmodels.data.prompts import Prompts, read_prompts
 from lightning_bigmodels.data.vision.buckets import (
     BucketEvaluationSampler,
     BucketSampler,
@@ -40,8 +40,9 @@ class CaptionedImages(VisionData):
             whose test part shows objects that training never does.
         val_source: Source of the validation part; None: what `source` calls so, or else a fraction of it.
         test_source: Source of the test part; None: as for `val_source`.
-        predict_prompts: What predict makes pictures of: a text file with one prompt a line, or a list; None: the
-            captions of the test part, or else of the validation part.
+        predict_prompts: What predict makes pictures of: a text file with one prompt a line, a `.jsonl` file with a
+            column `prompt`, or a list, none of them blank; None: the captions of the test part, or else of the
+            validation part.
         pictures_per_prompt: How many pictures predict makes of each prompt.
         val_fraction: Part of the training examples, from 0 to below 1, held out for validation where no source has a
             validation part.
@@ -224,10 +225,15 @@ class CaptionedImages(VisionData):
                     f"data.predict_prompts: no such file {given!r}; name a text file with one prompt a line, or give a "
                     f'list: ["a red circle"]'
                 )
-            given = path.read_text(encoding="utf-8-sig").splitlines()
-        prompts = [prompt.strip() for prompt in given if prompt.strip()]
-        if not prompts:
-            raise InputError(f"data.predict_prompts {self.predict_prompts!r} holds no prompt; write one a line")
+            given = read_prompts(path)
+        if not given:
+            raise InputError("data.predict_prompts is empty; give at least one prompt")
+        prompts = [prompt.strip() for prompt in given]
+        if "" in prompts:
+            raise InputError(
+                f"data.predict_prompts: prompt {prompts.index('') + 1} is blank; write what its picture shows, or "
+                f"leave it out"
+            )
         return prompts
 
     # ---- loaders

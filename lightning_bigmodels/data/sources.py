@@ -2,7 +2,6 @@
 
 import hashlib
 import platform
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,25 +130,6 @@ class TextParts:
         val = total if self.val else total - round(total * self.val_fraction)
         test = val if self.test else val - round(total * self.test_fraction)
         return {"train": (0, test), "test": (test, val), "val": (val, total)}
-
-
-def read_prompts(path: Path, encoding: str) -> list[str]:
-    """Return the lines of a text file that are not blank, or the column `prompt` of a `.jsonl` file.
-
-    Raises:
-        InputError: there is no such file, or no prompt in it.
-    """
-    if not path.is_file():
-        raise InputError(f"prompts: {path} is not a file; give a text file with one prompt per line, or a .jsonl file")
-    documents = read_file(path, "prompt", encoding)
-    if kind(path) == ".jsonl":
-        prompts = list(documents)
-    else:
-        lines = (line for document in documents for line in re.split(r"\r?\n", document))
-        prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"prompts: {path} holds no prompt; write one per line")
-    return prompts
 
 
 def num_utf8_bytes(text: str) -> int:

@@ -16,10 +16,10 @@ from lightning_bigmodels.data.check import Inspector
 from lightning_bigmodels.data.datamodule import DataModule, check_at_least
 from lightning_bigmodels.data.loading import ResumableDataLoader
 from lightning_bigmodels.data.preparation import prepare_shards
-from lightning_bigmodels.data.prompts import Prompts
+from lightning_bigmodels.data.prompts import Prompts, read_prompts
 from lightning_bigmodels.data.shard_cache import ShardCache
 from lightning_bigmodels.data.shards import Preparation
-from lightning_bigmodels.data.sources import Corpus, TextParts, read_prompts
+from lightning_bigmodels.data.sources import Corpus, TextParts
 from lightning_bigmodels.data.stores import open_store
 from lightning_bigmodels.data.streaming import ShardBlocks, ShardSampler
 from lightning_bigmodels.data.text_inspection import inspect_text
@@ -58,8 +58,8 @@ class Text(DataModule):
             `batch_size`.
         eval_stride: Tokens counted per evaluation window, 1 to `block_size`; fewer give each token more context and
             take longer. None: `block_size`.
-        prompts: What predict continues: a text file with one prompt per line, or a `.jsonl` file with a column
-            `prompt`. None takes beginnings from the validation text.
+        prompts: What predict continues: a text file with one prompt per line, none of them blank, or a `.jsonl` file
+            with a column `prompt`, which may be empty. None takes beginnings from the validation text.
         num_prompts: Number of prompts taken from the validation text.
         seed: Chooses the order of the training rows.
         num_workers: Processes that load batches ahead; 0 is fast enough for all but the smallest networks.

@@ -202,8 +202,10 @@ def test_a_resumed_epoch_goes_on_with_the_next_batch(beside):
 
 def test_prompts_from_a_file_a_list_or_the_held_out_captions(tmp_path, beside):
     file = tmp_path / "prompts.txt"
-    file.write_text("one\n\n two \n", encoding="utf-8")
-    for given, expected in [(str(file), ["one", "two"]), (["three"], ["three"])]:
+    file.write_text("one\n two \n\n", encoding="utf-8")
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text('{"prompt": "four"}\n', encoding="utf-8")
+    for given, expected in [(str(file), ["one", "two"]), (["three"], ["three"]), (str(rows), ["four"])]:
         data = ready(images(None, predict_prompts=given, pictures_per_prompt=2), "predict")
         (batch,) = data.predict_dataloader()
         assert batch["prompts"] == [prompt for prompt in expected for _ in range(2)]
@@ -216,9 +218,16 @@ def test_prompts_from_a_file_a_list_or_the_held_out_captions(tmp_path, beside):
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [("gone.txt", "no such file 'gone.txt'; name a text file"), ([" "], "holds no prompt; write one a line")],
+    [
+        ("gone.txt", "no such file 'gone.txt'; name a text file"),
+        ("blank.txt", "blank.txt, line 2 is blank; write a prompt there or remove the line"),
+        (["a dog", " "], "data.predict_prompts: prompt 2 is blank; write what its picture shows, or leave it out"),
+        ([], "data.predict_prompts is empty; give at least one prompt"),
+    ],
 )
-def test_no_prompts(given, words):
+def test_no_prompts(given, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blank.txt").write_text("a dog\n\na cat\n", encoding="utf-8")
     with pytest.raises(InputError, match=words):
         ready(images(None, predict_prompts=given), "predict")
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import zstandard
 
-from lightning_bigmodels.data.sources import Corpus, TextParts, cut, read_prompts
+from lightning_bigmodels.data.sources import Corpus, TextParts, cut
 from lightning_bigmodels.errors import InputError
 
 ROWS = ["first é", "second\nline", "", "third 🙂"]
@@ -207,19 +207,3 @@ def test_text_without_text_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["", ""]))
     with pytest.raises(InputError, match=r"a\.jsonl holds no text; give sources that do"):
         list(TextParts(Corpus(str(tmp_path / "a.jsonl"))).documents("train"))
-
-
-def test_prompts(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_bytes("One é\r\n\n  \n  Two\u2028still two\n".encode())
-    assert read_prompts(file, "utf-8") == ["One é", "  Two\u2028still two"]
-    (tmp_path / "prompts.jsonl").write_bytes(jsonl(["a\nb", "c"], "prompt"))
-    assert read_prompts(tmp_path / "prompts.jsonl", "utf-8") == ["a\nb", "c"]
-    (tmp_path / "blank.txt").write_text("\n \n")
-    with pytest.raises(InputError, match=r"blank\.txt holds no prompt; write one per line"):
-        read_prompts(tmp_path / "blank.txt", "utf-8")
-    with pytest.raises(InputError, match=r"none\.txt is not a file; give a text file with one prompt per line"):
-        read_prompts(tmp_path / "none.txt", "utf-8")
-    (tmp_path / "bad.jsonl").write_bytes(jsonl(["a"], "promt"))
-    with pytest.raises(InputError, match=r"bad\.jsonl, line 1: no column 'prompt'; did you mean 'promt'\?"):
-        read_prompts(tmp_path / "bad.jsonl", "utf-8")

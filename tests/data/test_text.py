@@ -224,7 +224,7 @@ def test_processes_share_every_loader(make, cache_dir, tmp_path):
 
 def test_prompts_need_neither_text_nor_tokenizer(make, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("One\n\nTwo\nThree\n")
+    prompts.write_text("One\nTwo\nThree\n")
     text = make(sources="/nowhere", tokenizer="/nowhere", prompts=str(prompts), eval_batch_size=2)
     batches = trainer().predict(Recorder(), text)
     assert [batch["prompts"] for batch in batches] == [["One", "Two"], ["Three"]]
