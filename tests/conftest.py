@@ -1,6 +1,7 @@
 """What many tests share: a small real text, a tiny network, a cache that no test leaves behind."""
 
 import os
+import sys
 from pydoc_data.topics import topics
 
 import pytest
@@ -42,6 +43,16 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_modifyitems(items):
     """Begin with what takes longest."""
     items.sort(key=lambda item: place_of(item.nodeid))
+
+
+def pytest_collection_finish():
+    """Have the first backward pass before any test exports a network, so that forked processes have theirs.
+
+    torch.export registers a device of its own, for which the first pass after it starts threads; in a fork none would
+    run. Before, a pass starts none (torch 2.14).
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(scope="session")

@@ -24,10 +24,6 @@ from torch.multiprocessing import start_processes
 
 from tests.conftest import QUIET
 
-# torch.export registers a device of its own, for which the first backward pass after it starts threads; in a forked
-# worker none would run. Before, a pass starts none
-torch.ones(1, requires_grad=True).sum().backward()
-
 _PATIENCE = 3  # seconds that a failed worker's siblings, who wait for it in a collective, are given to end
 
 
