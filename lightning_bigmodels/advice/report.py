@@ -172,9 +172,9 @@ def _plan(each: Planned) -> Iterator[str]:
         yield each.remark
         return
     memory, step = each.plan["memory"], each.plan["step"]
-    total = each.plan["hardware"]["memory"]
+    used, available, uncertainty = (_gib(memory[name]) for name in ("used", "available", "uncertainty"))
     verdict = "fits" if each.fits else "DOES NOT FIT" if memory["spare"] < 0 else "MAY NOT FIT"
-    yield f"{verdict}: uses {_gib(memory['used'])} of {_gib(total)} GiB, uncertain by {_gib(memory['uncertainty'])}"
+    yield f"{verdict}: uses {used} of {available} GiB, uncertain by {uncertainty}"
     yield (
         f"{_seconds(step['seconds'])} a step of {step['rows']:,} rows, {_count(step['units_per_second'])} "
         f"{step['unit']}/s, bound by {step['bound']}"

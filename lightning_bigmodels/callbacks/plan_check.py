@@ -1,9 +1,11 @@
 """A plan before a run, and how far it is from the run's first steps."""
 
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,9 +17,15 @@ from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.peak_memory import GIB, Memory, memory_of
 
 if TYPE_CHECKING:
+    from lightning_bigmodels.planner.calibration import Machine
+    from lightning_bigmodels.planner.hardware import Hardware
     from lightning_bigmodels.planner.plan import Plan
 
 _STEPS = 10
+_LONG_WAIT = 0.1
+"""Of a step's time, from which on it is told how long the run waits between batches."""
+_SAYS_NOTHING = re.compile(r"nvidia|amd|tesla|geforce|instinct|sxm\d?|\d+gb|hbm3e?|oam|vf")
+"""Words in the name of a GPU beside those of its kind; any other, such as ti, pcie or mig, makes it another kind."""
 
 
 class PlanCheck(Callback):
@@ -26,10 +34,13 @@ class PlanCheck(Callback):
     The command plans on its first process, before that starts any other; in Python, call `plan` before `fit`. Time of a
     step and bytes allocated at its peak are logged as they are, planned as `planned_step_seconds` and `planned_gib` and
     real as `real_step_seconds` and `real_gib`, and kept in plan_check.json of the run's folder, from which
-    `bigmodels plan --calibrate` corrects other plans. The first step is left out of the time.
+    `bigmodels plan --calibrate` corrects other plans. The first step is left out. A step is what happens in its
+    batches: waiting for data, validation and what other callbacks do between batches are in no plan; where they take
+    more than a tenth of a step, that is told.
 
-    On a CPU, memory is measured in the steps that come after, which take longer by what torch's profiler takes, and
-    where there is one process; of several, what communication holds in other threads is not seen.
+    A GPU is waited for at the ends of each batch of these steps, and of no other. On a CPU, memory is measured in the
+    steps that come after, which take longer by what torch's profiler takes, and where there is one process; of several,
+    what communication holds in other threads is not seen.
 
     Args:
         when: `gpu` plans where devices are GPUs, `always` on a CPU too, `never` switches it off.
@@ -50,8 +61,10 @@ class PlanCheck(Callback):
         self.hardware_table = hardware_table
         self.seconds = seconds
         self._plan: Plan | None = None
+        self._machine: Machine | None = None
         self._folder: Path | None = None
-        self._ends: list[float] = []
+        self._steps = _Steps(torch.device("cpu"))
+        self._period = 1
         self._step = -1
         self._memory: Memory | None = None
         self._peaks: list[int] = []
@@ -69,6 +82,13 @@ class PlanCheck(Callback):
         except InputError as error:
             rank_zero_info(f"the run is not compared with a plan: {error}")
             return
+        except Exception as error:
+            # of the user's code, say, which was not written for tensors without memory: a run that would work goes on
+            rank_zero_warn(
+                f"the run is not compared with a plan, which ended in {type(error).__name__}: {error}; bigmodels plan "
+                f"with the same flags shows where, and PlanCheck's when: never does without"
+            )
+            return
         room, name = self._plan.room, self._plan.hardware.name
         if not room.fits:
             rank_zero_warn(
@@ -82,21 +102,26 @@ class PlanCheck(Callback):
         return self.when == "always" or (self.when == "gpu" and trainer.strategy.root_device.type == "cuda")
 
     def _make_plan(self, trainer: Trainer, model: LightningModule, datamodule: Any) -> "Plan":
-        if getattr(trainer.strategy, "_start_method", None) == "fork":
+        if getattr(trainer.strategy, "_start_method", None) in ("fork", "forkserver"):
             # neither a GPU nor the threads of a backward pass live on in a fork
-            raise InputError("its processes are forked from this one, which must not compute before; use ddp")
+            raise InputError("its processes are forked, before which this one must not compute; use ddp")
+        device = trainer.strategy.root_device
+        if device.type not in ("cpu", "cuda"):
+            raise InputError(f"the planner knows CPUs and the GPUs of CUDA and ROCm, and nothing of {device.type}")
+        # this starts CUDA, which takes seconds where there are many GPUs, and which the run does in any case
+        gpu = _gpu(device, self.hardware, self.hardware_table) if device.type == "cuda" else None
         start = time.monotonic()
         # the planner and its tables are not needed otherwise
         from lightning.pytorch.utilities.seed import isolate_rng
 
+        from lightning_bigmodels.planner.calibration import machine_of
         from lightning_bigmodels.planner.flags import setting_of
         from lightning_bigmodels.planner.hardware import find_hardware
         from lightning_bigmodels.planner.plan import make_plan
         from lightning_bigmodels.planner.time_limit import TimeLimitError, time_limit
 
-        device = trainer.strategy.root_device
-        name = self.hardware or (_gpu_name(device, self.hardware_table) if device.type == "cuda" else "cpu")
-        hardware = find_hardware(name, self.hardware_table)
+        hardware = gpu or find_hardware(self.hardware or "cpu", self.hardware_table)
+        self._machine = machine_of(device)  # with the threads that it was measured with: the run may take fewer
         try:
             with isolate_rng(include_cuda=False), time_limit(self.seconds - (time.monotonic() - start)):
                 return make_plan(model, datamodule, setting_of(trainer, datamodule), hardware)
@@ -108,43 +133,58 @@ class PlanCheck(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ends, self._peaks, self._measures = [], [], False
+        if not trainer.is_global_zero:
+            self._plan = None  # which processes have that were spawned after it was made
+        self._steps = _Steps(trainer.strategy.root_device)
+        self._peaks, self._measures = [], False
         self._step = trainer.global_step
+        self._period = getattr(pl_module, "step_period", 1)
         if self._compares(trainer):
             # all processes ask, whether they have a plan or not
             self._folder = run_folder(trainer)
-        if self._plan is not None and trainer.strategy.root_device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
+
+    @property
+    def _is_timing(self) -> bool:
+        """Whether steps are still timed: one that is left out, and of those that are not alike one of each."""
+        return len(self._steps.done) <= max(_STEPS, self._period)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if self._plan is None or len(self._ends) <= _STEPS or self._memory is not None:
+        if self._plan is None:
             return
-        self._memory = memory_of(trainer.strategy.root_device, _held_bytes(trainer, pl_module))
+        if self._is_timing:
+            self._steps.begin_batch()
+        elif self._memory is None:
+            self._memory = memory_of(trainer.strategy.root_device, _held_bytes(trainer, pl_module))
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if self._plan is None or trainer.global_step == self._step:
+        if self._plan is None:
             return
+        ends_step = trainer.global_step != self._step
         self._step = trainer.global_step
-        device = trainer.strategy.root_device
-        if len(self._ends) <= _STEPS:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            self._ends.append(time.perf_counter())
-            if len(self._ends) > _STEPS and not self._measures_after(trainer):
-                peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-                self._compare(trainer, self._plan, peak)
+        if self._is_timing:
+            self._steps.end_batch(ends_step)
+            if not self._is_timing and not self._measures_after(trainer):
+                self._compare(trainer, self._plan, max(step.peak for step in self._steps.done[1:]) or None)
+            return
+        if not ends_step:
             return
         assert self._memory is not None
         if self._measures:
             self._peaks.append(self._memory.peaks()[1])
         # in the first step gradients are still those of the one before, which was not followed
         self._measures = True
-        if len(self._peaks) < getattr(pl_module, "step_period", 1):
+        if len(self._peaks) < self._period:
             self._memory.begin()
         else:
             self._compare(trainer, self._plan, max(self._peaks))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # a run that ends before its memory is measured has times all the same
+        if self._plan is not None and not self._is_timing:
+            self._compare(trainer, self._plan, None)
 
     def _measures_after(self, trainer: Trainer) -> bool:
         """Whether memory is measured in steps of its own: on a CPU, where nothing else profiles the run."""
@@ -156,8 +196,9 @@ class PlanCheck(Callback):
         from lightning_bigmodels.planner.calibration import write_measurement
 
         self._stop()
-        planned = {"step_seconds": plan.time.seconds}
-        real = {"step_seconds": median(b - a for a, b in zip(self._ends, self._ends[1:], strict=False))}
+        steps = self._steps.done[1:]
+        seconds = _costliest(steps, self._period)
+        planned, real = {"step_seconds": plan.time.seconds}, {"step_seconds": seconds}
         if peak is not None:
             planned["gib"], real["gib"] = plan.room.allocated / GIB, peak / GIB
         values = {f"planned_{name}": value for name, value in planned.items()}
@@ -165,9 +206,13 @@ class PlanCheck(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         told = [f"{name.replace('_', ' ')} {planned[name]:.4g} planned, {real[name]:.4g} real" for name in real]
-        rank_zero_info(f"the first {_STEPS} steps against the plan: {'; '.join(told)}")
+        wait = median(step.wait for step in steps)
+        if wait > _LONG_WAIT * seconds:
+            told.append(f"between batches {wait:.4g} s more, for data and callbacks, which are in no plan")
+        rank_zero_info(f"the first {len(steps)} steps against the plan: {'; '.join(told)}")
         assert self._folder is not None
-        write_measurement(self._folder, planned, real, plan.hardware.name, plan.model, plan.setting)
+        assert self._machine is not None
+        write_measurement(self._folder, planned, real, plan.hardware.name, self._machine, plan.model, plan.setting)
 
     def _stop(self) -> None:
         self._plan = None
@@ -195,17 +240,83 @@ def _held_bytes(trainer: Trainer, module: LightningModule) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _gpu_name(device: torch.device, table: str | None) -> str:
-    """Return the planner's name of this process's GPU.
+def _gpu(device: torch.device, name: str | None, table: str | None) -> "Hardware":
+    """Return what the planner knows of this process's GPU, with the memory that it really has.
 
     Raises:
-        InputError: the table has none that its own name holds.
+        InputError: the table has none that its own name holds, and no name is given.
     """
+    from lightning_bigmodels.planner.hardware import find_hardware
+
+    # a part of a GPU has less memory than its kind, as some models for laptops have
+    properties = torch.cuda.get_device_properties(device)
+    found = find_hardware(name or _gpu_name(properties.name, table), table)
+    return replace(found, memory=properties.total_memory)
+
+
+def _gpu_name(name: str, table: str | None) -> str:
+    """Return the planner's name of a GPU that calls itself `name`."""
     from lightning_bigmodels.planner.hardware import known_hardware
 
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
-    words = set(name.split("-"))  # nvidia-a100-sxm4-40gb is an a100-40gb, and an l40 is no l4
+    words = set(name.lower().replace(" ", "-").split("-"))  # nvidia-a100-sxm4-40gb is an a100-40gb, and an l40 is no l4
     found = [known for known in known_hardware(table) if words.issuperset(known.split("-"))]
-    if not found:
-        raise InputError(f"the table of devices has no {name}; name one with PlanCheck's hardware")
-    return max(found, key=len)
+    best = max(found, key=len, default=None)
+    if best is not None and all(_SAYS_NOTHING.fullmatch(word) for word in words.difference(best.split("-"))):
+        return best
+    near = "" if best is None else f", such as {best}"
+    raise InputError(
+        f"the table of devices has no {name}; give a row of it as PlanCheck's hardware_table, or name the nearest as "
+        f"its hardware{near}"
+    )
+
+
+class _Step(NamedTuple):
+    seconds: float
+    """In its batches."""
+    wait: float
+    """Before its batches, in seconds."""
+    peak: int
+    """The most bytes allocated in its batches; 0 on a CPU."""
+    batches: int
+
+
+def _costliest(steps: list[_Step], period: int) -> float:
+    """Return what is planned of steps that are not alike: the time of the costliest kind, in the median."""
+    # what an epoch ends with may have fewer batches
+    most = max(step.batches for step in steps)
+    times = [step.seconds for step in steps if step.batches == most]
+    return max(median(times[first::period]) for first in range(min(period, len(times))))
+
+
+class _Steps:
+    """What steps take: the time in their batches, that between these, and what was allocated on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.done: list[_Step] = []
+        self._gpu = device if device.type == "cuda" else None
+        self._begun: float = 0.0
+        self._ended: float | None = None
+        self._now = _Step(0.0, 0.0, 0, 0)
+
+    def begin_batch(self) -> None:
+        """Note that a batch begins."""
+        if self._gpu is not None:
+            # callbacks may have left it work to do
+            torch.cuda.synchronize(self._gpu)
+            torch.cuda.reset_peak_memory_stats(self._gpu)
+        self._begun = time.perf_counter()
+        if self._ended is not None:
+            self._now = self._now._replace(wait=self._now.wait + self._begun - self._ended)
+
+    def end_batch(self, ends_step: bool) -> None:
+        """Note that a batch ends, with its optimizer step or before it."""
+        peak = 0
+        if self._gpu is not None:
+            torch.cuda.synchronize(self._gpu)
+            peak = torch.cuda.max_memory_allocated(self._gpu)
+        self._ended = time.perf_counter()
+        now = self._now
+        self._now = _Step(now.seconds + self._ended - self._begun, now.wait, max(now.peak, peak), now.batches + 1)
+        if ends_step:
+            self.done.append(self._now)
+            self._now = _Step(0.0, 0.0, 0, 0)

@@ -22,6 +22,7 @@ COLOURS: dict[Kind, str] = {
     "communication": "#CC79A7",
     "temporary": "#D55E00",
     "inputs": "#999999",
+    "workspace": "#F0E442",
 }
 _SHADES: dict[Phase, str] = {"forward": "#ffffff", "backward": "#eeeeee", "update": "#dddddd"}
 
@@ -70,26 +71,39 @@ def _draw(plan: Plan, path: Path) -> None:
         axes.axvspan(start, end, color=_SHADES[phase], zorder=0)
     axes.stackplot(places, *columns, labels=kinds, colors=[COLOURS[kind] for kind in kinds], step="post")
     top = plan.peak.total / GIB
+    place = plan.peak.operation / max(1, plan.num_operations)
     axes.plot(plan.peak.operation, top, "k.", zorder=3)
     axes.annotate(
-        f"{top:,.2f} GiB" if top >= 1 else f"{top:.3g} GiB",
+        f"{top:,.3f} GiB",
         (plan.peak.operation, top),
         xytext=(0, 6),
         textcoords="offset points",
-        ha="center",
+        # inside the axes wherever it is
+        ha="left" if place < 0.1 else "right" if place > 0.9 else "center",
     )
-    limit = plan.hardware.memory / GIB
-    if limit < 2 * top:
+    limit, text = plan.room.memory / GIB, _limit(plan)
+    if text is not None:
         axes.axhline(limit, color="black", linestyle="--", linewidth=1)
-        axes.annotate(f"{plan.hardware.name}: {limit:,.2f} GiB", (0, limit), xytext=(4, 4), textcoords="offset points")
+        box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1.5}
+        axes.annotate(text, (0, limit), xytext=(4, 6), textcoords="offset points", bbox=box)
     axes.set_xlim(0, max(1, plan.num_operations))
-    axes.set_ylim(0, 1.12 * max(top, limit if limit < 2 * top else 0))
+    axes.set_ylim(0, 1.12 * max(top, limit if text is not None else 0))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("operations of the step (white: forward, gray: backward, darker: update)")
     axes.set_ylabel("allocated on each device, GiB")
     axes.set_title(f"{title(plan)}\n{verdict(plan)}", fontsize=10)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def _limit(plan: Plan) -> str | None:
+    """Return what is said of the memory that a device has; None where that is far above the peak."""
+    room = plan.room
+    if room.memory >= 2 * room.allocated:
+        return None
+    others = (room.used - room.allocated) / GIB
+    return f"{plan.hardware.name} has {room.memory / GIB:,.2f} GiB, of which {others:,.2f} are not for tensors"
 
 
 def _phases(plan: Plan) -> Iterable[tuple[Phase, int, int]]:
@@ -110,10 +124,10 @@ def _page(plan: Plan, report: str) -> str:
         "moments": [
             [moment.operation, moment.phase, *(moment.held.get(kind, 0) for kind in kinds)] for moment in plan.course
         ],
-        "phases": [[_SHADES[phase], start, end] for phase, start, end in _phases(plan)],
+        "phases": list(_phases(plan)),
         "operations": plan.num_operations,
         "peak": [plan.peak.operation, plan.peak.total, plan.peak.name],
-        "limit": [plan.hardware.name, plan.hardware.memory],
+        "limit": [_limit(plan), plan.room.memory],
     }
     # a name with a tag in it must not end the script
     values = json.dumps(data).replace("<", "\\u003c")

@@ -55,7 +55,7 @@ class Plan:
         hardware: What it is run on.
         unit: What rows are counted in: tokens where a batch has `input_ids`, else samples.
         units_per_row: Tokens of a row, or 1.
-        peak: The moment at which most is allocated, with the bytes of each kind.
+        peak: The moment at which most is allocated, with the bytes of each kind; all of them are `room.allocated`.
         num_operations: Operations of the step, by whose number `peak` and `course` are placed.
         room: What the peak comes to on the device, and whether it fits.
         time: What the step takes, and what bounds it.
@@ -63,8 +63,7 @@ class Plan:
         course: The memory over the step, in a few hundred moments.
         assumptions: Operations whose results hang on values, and were assumed.
         model: Class of the model.
-        calibration: Factors of a real run by which `room` and `time` were changed.
-        allocated: Bytes at the peak before that, workspace of kernels included.
+        calibration: Factors of a real run by which `peak`, `room`, `course` and `time` were changed.
     """
 
     setting: Setting
@@ -80,7 +79,6 @@ class Plan:
     assumptions: list[str]
     model: str = ""
     calibration: Calibration | None = None
-    allocated: int = 0
 
     @property
     def rows_per_step(self) -> int:
@@ -119,18 +117,26 @@ class Plan:
     def calibrated(self, calibration: Calibration | None) -> "Plan":
         """Return the plan with the factors of a real run: time, memory, and what follows from them.
 
-        What the driver and communication take stays as it is; what is uncertain does not become less.
+        Of what is allocated at a moment each kind has the same factor: a run tells of all of them together. What the
+        driver and communication take stays as it is; what is uncertain does not become less.
         """
         if calibration is None:
             return self
         room, time, seconds = self.room, self.time, calibration.seconds
         memory = 1.0 if calibration.memory is None else calibration.memory
-        reserved = round(room.reserved * memory)
+
+        def scaled(moment: Moment) -> Moment:
+            return moment._replace(held={kind: round(size * memory) for kind, size in moment.held.items()})
+
+        peak = scaled(self.peak)
+        reserved = peak.total + round((room.reserved - room.allocated) * memory)
         return replace(
             self,
+            peak=peak,
+            course=[scaled(moment) for moment in self.course],
             room=replace(
                 room,
-                allocated=round(room.allocated * memory),
+                allocated=peak.total,
                 reserved=reserved,
                 used=room.used + reserved - room.reserved,
                 uncertainty=round(room.uncertainty * max(1.0, memory)),
@@ -153,13 +159,12 @@ class Plan:
             "hardware": {"name": self.hardware.name, "memory": self.hardware.memory, "source": self.hardware.source},
             "memory": {
                 "kinds": dict(self.peak.held),
-                "workspace": self.allocated - self.peak.total,
-                "calibration": room.allocated - self.allocated,
                 "allocated": room.allocated,
                 "reserved": room.reserved,
                 "used": room.used,
                 "uncertainty": room.uncertainty,
                 "spare": room.spare,
+                "available": room.memory,
                 "host": room.host,
                 "host_of_node": room.host * self.setting.devices,
                 "peak": {
@@ -215,20 +220,24 @@ def make_plan(model: LightningModule, datamodule: Any, setting: Setting, hardwar
         ) from error
     unit, units_per_row = _unit(datamodule)
     room = estimate_room(trace, setting, hardware)
+    workspace = room.allocated - trace.peak.total
+
+    def with_workspace(moment: Moment) -> Moment:
+        return moment._replace(held={**moment.held, "workspace": workspace}) if workspace else moment
+
     return Plan(
         setting=setting,
         hardware=hardware,
         unit=unit,
         units_per_row=units_per_row,
-        peak=trace.peak,
+        peak=with_workspace(trace.peak),
         num_operations=trace.changes[-1].operation if trace.changes else 0,
         room=room,
         time=estimate_time(trace, setting, hardware, compiled=bool(getattr(model, "compile_network", False))),
         traffic=traffic_of(trace, setting),
-        course=course_of(trace),
+        course=[with_workspace(moment) for moment in course_of(trace)],
         assumptions=sorted(trace.assumptions),
         model=type(model).__name__,
-        allocated=room.allocated,
     )
 
 
@@ -270,6 +279,7 @@ KINDS: tuple[Kind, ...] = (
     "parameters",
     "gradients",
     "optimizer state",
+    "workspace",
     "activations",
     "communication",
     "temporary",

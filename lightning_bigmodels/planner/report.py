@@ -7,11 +7,13 @@ from lightning_bigmodels.peak_memory import GIB
 from lightning_bigmodels.planner.plan import Length, Plan, kinds_of
 from lightning_bigmodels.planner.search import Trial
 from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.trace import Kind
 
 MIB = 2**20
 _LEAST = 0.01
 """Share of a step's time that is worth a word."""
 _WIDTH, _LINE = 17, 100
+_REMARKS: dict[Kind, str] = {"workspace": "of matrix products"}
 _PHASES = {"forward": "the forward pass", "backward": "the backward pass", "update": "the optimizer's update"}
 
 
@@ -31,7 +33,7 @@ def report(plan: Plan, length: Length | None, price: float | None, hint: str | N
     # that a number is zero changes no shape
     names = ", ".join(name for name in plan.assumptions if name != "aten::_local_scalar_dense")
     if names:
-        lines += ["", f"Upper bounds: what hangs on values was taken at its largest ({names})."]
+        lines += ["", f"Upper bounds: sizes that hang on values were taken at their largest ({names})."]
     return "\n".join(lines)
 
 
@@ -64,22 +66,21 @@ def verdict(plan: Plan) -> str:
 def _memory(plan: Plan) -> list[str]:
     room, peak = plan.room, plan.peak
     place = f"in {_PHASES[peak.phase]}, {peak.name}, operation {peak.operation:,} of {plan.num_operations:,}"
-    rows: list[tuple[str, int, str]] = [(kind, peak.held.get(kind, 0), "") for kind in kinds_of(plan)]
-    if plan.allocated > peak.total:
-        rows.append(("workspace", plan.allocated - peak.total, "of matrix products"))
-    if abs(room.allocated - plan.allocated) >= MIB:
-        rows.append(("calibration", room.allocated - plan.allocated, "by a real run"))
+    rows: list[tuple[str, int, str]] = [
+        (kind, peak.held.get(kind, 0), _REMARKS.get(kind, "")) for kind in kinds_of(plan)
+    ]
     rows.append(("allocated", room.allocated, place))
+    several = plan.setting.world_size > 1
     if plan.hardware.name == "cpu":
         rows += [
             ("used", room.used, "with the process itself"),
-            ("of", plan.hardware.memory, "available on this machine"),
+            ("of", room.memory, f"available {'to each process ' if several else ''}on this machine"),
         ]
     else:
         rows += [
             ("reserved", room.reserved, "with what the allocator keeps"),
-            ("used", room.used, "with the driver's context and communication"),
-            ("of", plan.hardware.memory, plan.hardware.name),
+            ("used", room.used, f"with the driver's context{' and communication' if several else ''}"),
+            ("of", room.memory, plan.hardware.name),
         ]
     if room.host:
         node = f"{_gib(room.host * plan.setting.devices, digits=3)} on each node"
@@ -92,21 +93,22 @@ def _step(plan: Plan) -> list[str]:
     time = plan.time
     parts = sorted(time.parts.items(), key=lambda part: -part[1])
     told = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in parts if seconds >= _LEAST * time.seconds)
+    several = plan.setting.world_size > 1
     lines = [
         "Optimizer step",
         _row("time", _seconds(time.seconds), f"bound by {time.bound}: {told}"),
-        _row("TFLOP", _figures(time.flops / 1e12), f"on each device; MFU {time.mfu:.1%}"),
+        _row("TFLOP", _figures(time.flops / 1e12), f"{'on each device; ' if several else ''}MFU {time.mfu:.1%}"),
     ]
     for name, traffic in plan.traffic.items():
         size = max(traffic.sent, traffic.received)
         if size >= MIB:
             ways = "MiB sent, as much received" if traffic.sent == traffic.received else "MiB"
             lines.append(_row(name, f"{size / MIB:,.0f}", f"{ways}, in {traffic.calls:,} calls"))
-    each = plan.units_per_second_and_device
+    each, in_step = _count(plan.units_per_second_and_device), _count(plan.rows_per_step * plan.units_per_row)
     return [
         *lines,
-        _row(f"{plan.unit}/s", _count(each), f"on each device, {_count(plan.units_per_second)} in all"),
-        _row(plan.unit, _count(plan.rows_per_step * plan.units_per_row), "in a step, on all devices"),
+        _row(f"{plan.unit}/s", each, f"on each device, {_count(plan.units_per_second)} in all" if several else ""),
+        _row(plan.unit, in_step, "in a step, on all devices" if several else "in a step"),
     ]
 
 
@@ -114,11 +116,15 @@ def _run(plan: Plan, length: Length | None, price: float | None, hint: str | Non
     if length is None:
         return textwrap.wrap(hint, _LINE) if hint else []
     lines = [f"Run of {length.steps:,} steps, {length.rows * plan.units_per_row:,} {plan.unit}"]
-    lines.append(_row("hours", _figures(length.hours), "of training alone"))
+    # nobody reads thousandths of an hour
+    short = f"{_seconds(length.hours * 3600)} " if length.hours < 0.1 else ""
+    lines.append(_row("hours", _figures(length.hours), f"{short}of training alone"))
     devices = plan.setting.world_size
-    lines.append(_row("device hours", _figures(length.hours * devices)))
+    if devices > 1:
+        lines.append(_row("device hours", _figures(length.hours * devices), f"of {devices:,} devices"))
     if length.cost is not None:
-        lines.append(_row("cost", f"{length.cost:,.2f}", f"at {price:g} a device and hour"))
+        cost = f"{length.cost:,.2f}" if length.cost >= 1 else f"{length.cost:.3g}"
+        lines.append(_row("cost", cost, f"at {price:g} a device and hour"))
     return lines
 
 
@@ -129,7 +135,8 @@ def _calibration(plan: Plan) -> list[str]:
     memory = "memory as planned, which was not measured" if found.memory is None else f"memory x {found.memory:.3g}"
     lines = [
         f"Calibrated by {found.run}: time x {found.seconds:.3g}, {memory}",
-        f"  measured on {_title(found.setting, found.hardware)}, {found.model}",
+        f"  measured on {found.machine}, torch {found.machine.torch},",
+        f"  in a run of {found.model} on {_title(found.setting, found.hardware)}",
     ]
     others = found.differences(plan.setting, plan.model)
     if others:
@@ -164,7 +171,7 @@ def _trial(plan: Plan, trial: Trial) -> Iterator[str]:
     rows = trial.plan.rows_per_step / plan.rows_per_step
     change = "" if rows == 1 else f", {rows:g} x the rows of a step"
     yield f"  {flags}"
-    memory = f"{_gib(trial.plan.room.used)} of {_gib(plan.hardware.memory)}"
+    memory = f"{_gib(trial.plan.room.used)} of {_gib(trial.plan.room.memory)}"
     yield f"    {memory}, {_seconds(trial.plan.time.seconds)}{change}"
 
 

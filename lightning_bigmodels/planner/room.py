@@ -32,7 +32,7 @@ class Room:
             is full it keeps fewer.
         used: With the driver's context and the buffers of communication: what nvidia-smi shows of the process.
         uncertainty: How much more it may be.
-        memory: What the device has.
+        memory: What the device has; on a CPU, what there is for each process of a machine.
         host: Of host memory, where a strategy keeps weights, gradients and optimizer state there; no part of `used`.
     """
 
@@ -64,7 +64,8 @@ def estimate_room(trace: StepTrace, setting: Setting, hardware: Hardware) -> Roo
     """
     allocated = trace.peak.total
     if hardware.name == "cpu":
-        return Room(allocated, allocated, allocated + _PROCESS, allocated // 20 + _PROCESS // 2, hardware.memory)
+        used, memory = allocated + _PROCESS, hardware.memory // setting.devices
+        return Room(allocated, allocated, used, allocated // 20 + _PROCESS // 2, memory)
     allocated += _WORKSPACE
     outside = hardware.context + (_COMMUNICATION if setting.world_size > 1 else 0)
     limit = (hardware.memory - outside) / (1 + _HOLES) - _WORKSPACE

@@ -12,9 +12,9 @@ from lightning_bigmodels.planner.simulation import Setting
 from lightning_bigmodels.planner.trace import Operation, Phase, StepTrace, Transfer
 from lightning_bigmodels.planner.traffic import repetitions
 
-Bound = Literal["compute", "memory", "network", "launches", "host"]
+Bound = Literal["compute", "memory", "network", "kernel launches", "host memory"]
 
-_BOUNDS: tuple[Bound, ...] = ("compute", "memory", "network", "launches")
+_BOUNDS: tuple[Bound, ...] = ("compute", "memory", "network", "kernel launches")
 _PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 _LAUNCH_SECONDS = 1e-5
 """From one small eager operation to the next, forward, backward and foreach update alike: 16 microseconds were measured
@@ -83,7 +83,7 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
     """
     half = setting.precision.startswith("16")  # whose products are traced in bfloat16, on a CPU
     offloads = setting.offloads and hardware.name != "cpu"
-    spent: dict[Bound, float] = dict.fromkeys((*_BOUNDS, "host") if offloads else _BOUNDS, 0.0)
+    spent: dict[Bound, float] = dict.fromkeys((*_BOUNDS, "host memory") if offloads else _BOUNDS, 0.0)
     flops = model_flops = sending = 0.0
     for phase in _PHASES:
         repeats = 1.0
@@ -94,7 +94,7 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
             if operation.phase != phase:
                 continue
             if offloads and phase == "update" and not operation.flops:
-                bound: Bound = "host"
+                bound: Bound = "host memory"
                 seconds = updating_time(operation)
             else:
                 bound, seconds = _operation_time(operation, hardware, compiled, half)
@@ -108,7 +108,7 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
         spent["network"] += between + max(piece, beside - busy)
         if offloads:
             beside_too, awaited, piece = copying_time(trace, phase, setting, hardware)
-            spent["host"] += awaited + max(piece, beside_too - max(busy, beside))
+            spent["host memory"] += awaited + max(piece, beside_too - max(busy, beside))
     total = sum(spent.values())
     peak = hardware.flops_of(_precision_dtype(setting.precision))
     return StepTime(total, spent, sending, flops, model_flops, model_flops / (total * peak) if total else 0.0)
@@ -117,7 +117,7 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
 def _operation_time(operation: Operation, hardware: Hardware, compiled: bool, half: bool) -> tuple[Bound, float]:
     """Return what bounds an operation, and its seconds."""
     if operation.name.startswith(_NO_WORK):
-        return "launches", 0.0
+        return "kernel launches", 0.0
     elementwise = operation.flops == 0
     fused = compiled and elementwise and operation.phase != "update"
     dtype = torch.float16 if half and operation.dtype == torch.bfloat16 else operation.dtype
@@ -126,7 +126,7 @@ def _operation_time(operation: Operation, hardware: Hardware, compiled: bool, ha
     times: dict[Bound, float] = {
         "compute": (operation.flops - operation.skipped) / peak,
         "memory": traffic / hardware.memory_bandwidth / _MEMORY_EFFICIENCY,
-        "launches": 0.0 if fused or hardware.name == "cpu" else _LAUNCH_SECONDS,
+        "kernel launches": 0.0 if fused or hardware.name == "cpu" else _LAUNCH_SECONDS,
     }
     bound = max(times, key=lambda name: times[name])
     return bound, times[bound]

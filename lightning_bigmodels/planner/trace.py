@@ -5,7 +5,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,7 +27,15 @@ from lightning_bigmodels.planner.tensors import group_size, storages, tensors_in
 from lightning_bigmodels.planner.time_limit import check_time
 
 Kind = Literal[
-    "parameters", "gradients", "optimizer state", "inputs", "activations", "communication", "temporary", "host"
+    "parameters",
+    "gradients",
+    "optimizer state",
+    "inputs",
+    "activations",
+    "communication",
+    "temporary",
+    "workspace",
+    "host",
 ]
 Phase = Literal["forward", "backward", "update"]
 
@@ -261,11 +268,9 @@ class StepTrace(TorchDispatchMode):
         return self
 
     @override
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign,assignment]
-        super().__exit__(kind, error, traceback)
+        super().__exit__(*raised)
 
     @override
     def __torch_dispatch__(

@@ -44,5 +44,4 @@ def made_plan(setting=None, state=8, row=4, memory=24):
         course=moments,
         assumptions=["aten::nonzero"],
         model="Made",
-        allocated=used,
     )

@@ -183,9 +183,9 @@ def test_a_task_that_data_do_not_teach_is_refused(facts, task, message):
 
 
 def made_plan(fits=True, seconds=0.1):
-    memory = {"used": 3 * 2**30, "uncertainty": 2**29, "spare": 2**30 if fits else -(2**30)}
+    memory = {"used": 3 * 2**30, "available": 22 * 2**30, "uncertainty": 2**29, "spare": 2**30 if fits else -(2**30)}
     step = {"seconds": seconds, "rows": 32, "unit": "samples", "units_per_second": 320.0, "bound": "compute"}
-    return {"fits": fits, "memory": memory, "step": step, "hardware": {"memory": 22 * 2**30}}
+    return {"fits": fits, "memory": memory, "step": step}
 
 
 def planned(candidate, fits=True, hours=8.0):

@@ -36,20 +36,39 @@ def test_a_report_says_memory_step_run_and_verdict():
         "tokens 9,600 in a step, on all devices",
         "Run of 1,800 steps, 17,280,000 tokens",
         "hours 3 of training alone",
-        "device hours 48.0",
+        "device hours 48.0 of 16 devices",
         "cost 120.00 at 2.5 a device and hour",
         "FITS: 15.00 GiB to spare, uncertain by 0.50",
-        "Upper bounds: what hangs on values was taken at its largest (aten::nonzero).",
+        "Upper bounds: sizes that hang on values were taken at their largest (aten::nonzero).",
     ):
         assert line in lines, f"{line!r} is not in the report:\n{text}"
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_what_is_allocated_beside_tensors_is_told():
+def test_one_device_needs_fewer_words():
     plan = made_plan()
-    allocated = plan.allocated + GIB
-    plan = replace(plan, allocated=allocated, room=replace(plan.room, allocated=allocated))
-    assert re.search(r"^  workspace +1.000  of matrix products$", report(plan, None, None, None, []), flags=re.M)
+    held = {**plan.peak.held, "workspace": GIB}
+    plan = replace(plan, peak=plan.peak._replace(held=held), room=replace(plan.room, allocated=13 * GIB))
+    lines = [re.sub(r" +", " ", line).strip() for line in report(plan, None, None, None, []).splitlines()]
+    start = lines.index("Memory of a device at the step's peak, GiB")
+    assert lines[start + 1 : start + 5] == [
+        "parameters 8.000",
+        "workspace 1.000 of matrix products",
+        "activations 4.000",
+        "temporary 0.000",
+    ]
+    for line in ("used 12.000 with the driver's context", "TFLOP 4 MFU 40.0%", "tokens/s 100", "tokens 100 in a step"):
+        assert line in lines, f"{line!r} is not in the report:\n{lines}"
+
+
+def test_a_short_run_is_told_in_seconds_and_small_change():
+    plan = made_plan()
+    lines = [
+        re.sub(r" +", " ", line).strip() for line in report(plan, plan.length(36, price=2), 2, None, []).split("\n")
+    ]
+    for line in ("hours 0.01 36.00 s of training alone", "cost 0.02 at 2 a device and hour"):
+        assert line in lines
+    assert not any("device hours" in line for line in lines)
 
 
 def test_host_memory_is_told_for_a_device_and_a_node():
@@ -110,7 +129,7 @@ def test_a_run_is_as_long_as_its_steps_or_rows():
 def test_a_plan_is_plain_numbers():
     values = json.loads(json.dumps(made_plan(Setting("fsdp2", devices=2)).to_dict()))
     assert values["memory"]["kinds"] == {"parameters": 4 * GIB, "activations": 4 * GIB}
-    assert values["memory"]["workspace"] == 0
+    assert values["memory"]["available"] == 24 * GIB
     assert values["memory"]["peak"] == {"phase": "forward", "operation": 6, "name": "aten::mm", "operations": 12}
     assert values["step"]["traffic"] == {"all-gather": {"calls": 4, "sent": 3 * GIB, "received": 3 * GIB}}
     assert values["fits"] is True
@@ -175,7 +194,11 @@ def test_pictures_stack_the_kinds(tmp_path):
     assert values["peak"] == [6, 12 * GIB, "aten::mm"]
     assert [kind["name"] for kind in values["kinds"]] == ["parameters", "activations", "temporary"]
     assert values["moments"][1] == [6, "forward", 8 * GIB, 4 * GIB, 0]
-    assert [end for _, _, end in values["phases"]] == [8, 10, 12]
+    assert values["phases"] == [["forward", 0, 8], ["backward", 8, 10], ["update", 10, 12]]
+    assert values["limit"] == [None, 24 * GIB], "of a device with twice the memory nothing is said"
+    write_pictures(made_plan(state=16), "", folder)
+    text = "h100 has 24.00 GiB, of which 0.00 are not for tensors"
+    assert json.dumps(text) in (folder / "memory.html").read_text(encoding="utf-8")
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):

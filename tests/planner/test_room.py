@@ -102,10 +102,14 @@ def test_holes_do_not_make_it_too_large_for_a_device():
     assert larger.fits
 
 
-def test_a_cpu_has_no_segments():
-    room = estimate_room(trace_of(held(GIB), peak=GIB), Setting(), find_hardware("cpu"))
+def test_a_cpu_has_no_segments_and_its_processes_share_it():
+    cpu = find_hardware("cpu")
+    room = estimate_room(trace_of(held(GIB), peak=GIB), Setting(), cpu)
     assert room.reserved == room.allocated == GIB
     assert room.used > GIB
+    assert room.memory == cpu.memory
+    several = estimate_room(trace_of(held(GIB), peak=GIB), Setting("ddp", devices=2, num_nodes=3), cpu)
+    assert several == replace(room, memory=cpu.memory // 2)
 
 
 @pytest.mark.parametrize(("used", "fits"), [(70, True), (77, False), (90, False)])

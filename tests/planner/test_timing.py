@@ -31,7 +31,7 @@ def test_products_take_their_arithmetic_and_copies_their_traffic():
     trace = traced((product("forward"), 1), (product("backward"), 2), (copy, 10))
     step = estimate_time(trace, Setting(precision="bf16-mixed"), DEVICE)
     # 3e13 at half of 1e14, and 8e10 bytes at 0.8 of 1e12
-    assert step.parts == pytest.approx({"compute": 0.6, "memory": 0.1, "network": 0.0, "launches": 0.0})
+    assert step.parts == pytest.approx({"compute": 0.6, "memory": 0.1, "network": 0.0, "kernel launches": 0.0})
     assert (step.seconds, step.bound, step.flops) == (pytest.approx(0.7), "compute", 3e13)
     assert step.model_flops == 3e13
     assert step.mfu == pytest.approx(3e13 / 0.7 / 1e14)
@@ -74,7 +74,7 @@ def test_causal_attention_leaves_out_half_and_small_operations_wait_to_be_starte
     small = Operation("aten::add.Tensor", "update", 0, 100, torch.float32)
     nothing = Operation("aten::empty.memory_format", "forward", 0, 10**12, None)
     step = estimate_time(traced((attention, 1), (small, 1000), (nothing, 5)), Setting(precision="bf16-true"), DEVICE)
-    assert step.parts == pytest.approx({"compute": 0.2, "memory": 0.0, "network": 0.0, "launches": 0.01})
+    assert step.parts == pytest.approx({"compute": 0.2, "memory": 0.0, "network": 0.0, "kernel launches": 0.01})
     assert step.model_flops == 3e13
 
 
@@ -135,18 +135,18 @@ def test_weights_in_host_memory_are_copied_beside_the_computing_and_updated_ther
     setting = Setting("fsdp2_offload", "bf16-true", devices=2)
     step = estimate_time(traced((update, 2), transfers=copies), setting, device)
     # ten times 0.2 s down while less comes up, and a second for each of the updates at four fifths of 51e9
-    assert step.parts["host"] == pytest.approx(10 * 0.2 + 2)
-    assert (step.bound, step.seconds) == ("host", pytest.approx(4))
+    assert step.parts["host memory"] == pytest.approx(10 * 0.2 + 2)
+    assert (step.bound, step.seconds) == ("host memory", pytest.approx(4))
     # 4 s of products, behind which all but one copy hides
     busy = traced((product("backward", flops=10**14), 2), transfers=copies)
-    assert estimate_time(busy, setting, device).parts["host"] == pytest.approx(0.2)
+    assert estimate_time(busy, setting, device).parts["host memory"] == pytest.approx(0.2)
     # one process alone gathers nothing ahead, and waits for each
     alone = dataclasses.replace(setting, devices=1)
-    assert estimate_time(busy, alone, device).parts["host"] == pytest.approx(10 * 0.2)
+    assert estimate_time(busy, alone, device).parts["host memory"] == pytest.approx(10 * 0.2)
     # with as many batches as are not traced
     more = dataclasses.replace(setting, accumulate_grad_batches=6)
     step = estimate_time(traced((update, 2), transfers=copies), more, device)
-    assert step.parts["host"] == pytest.approx(3 * 10 * 0.2 + 2)
+    assert step.parts["host memory"] == pytest.approx(3 * 10 * 0.2 + 2)
     assert traffic_of(busy, more) == {
         "host to device": Traffic(30, 0, 12 * 10**10),
         "device to host": Traffic(30, 3 * 10**10, 0),
