@@ -69,6 +69,7 @@ class PlanCheck(Callback):
         self._memory: Memory | None = None
         self._peaks: list[int] = []
         self._measures = False
+        self._validated = False
 
     def plan(self, trainer: Trainer, model: LightningModule, datamodule: Any) -> None:
         """Plan the run, and warn if it will not fit; where that is not possible, one line says why.
@@ -136,7 +137,7 @@ class PlanCheck(Callback):
         if not trainer.is_global_zero:
             self._plan = None  # which processes have that were spawned after it was made
         self._steps = _Steps(trainer.strategy.root_device)
-        self._peaks, self._measures = [], False
+        self._peaks, self._measures, self._validated = [], False, False
         self._step = trainer.global_step
         self._period = getattr(pl_module, "step_period", 1)
         if self._compares(trainer):
@@ -179,6 +180,12 @@ class PlanCheck(Callback):
             self._memory.begin()
         else:
             self._compare(trainer, self._plan, max(self._peaks))
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning lets go of gradients before, which the next step would hold; once, as one may follow each step
+        if self._memory is not None and not self._validated:
+            self._measures, self._validated = False, True
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -32,12 +32,16 @@ def parts():
     return ImageClassifier("small_resnet", num_classes=10, channels=3, image_size=32), data
 
 
+# after the twelfth step too, before which memory begins to be measured
+VALIDATED = {"limit_train_batches": 4, "max_epochs": -1, "limit_val_batches": 1}
+
+
 def fit(folder, logger=False, **options):
     lines = {name: options.pop(name) for name in ("devices", "strategy") if name in options}
     seed_everything(3)
     check = PlanCheck(**options)
     trainer = Trainer(
-        **{**QUIET, **lines, "max_steps": 13, "logger": logger, "limit_val_batches": 0, "default_root_dir": folder},
+        **{**QUIET, **VALIDATED, **lines, "max_steps": 14, "logger": logger, "default_root_dir": folder},
         callbacks=[check],
     )
     model, data = parts()
@@ -202,6 +206,18 @@ def test_a_gpu_has_the_memory_that_it_says(monkeypatch):
     assert found == replace(hardware.find_hardware("h100"), memory=10 * 2**30)
     properties.name = "NVIDIA L4"
     assert plan_check._gpu(torch.device("cuda", 1), None, None).name == "l4"
+
+
+def test_a_plan_for_a_gpu_is_of_the_gpu_that_is_there(tmp_path, monkeypatch):
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    check, trainer = PlanCheck(), Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy._root_device = torch.device("cuda", 0)
+    with pytest.warns(UserWarning, match=r"this run does not fit: it needs .* and h100 has 0.00; bigmodels plan with"):
+        check.plan(trainer, *parts())
+    assert check._plan.peak.held["workspace"] == 2**26, "planned as on a GPU"
+    assert (check._plan.hardware.name, check._plan.room.memory) == ("h100", 2**20)
+    assert (check._machine.device, check._machine.threads) == ("NVIDIA H100 80GB HBM3", None)
 
 
 class Clock:
