@@ -44,7 +44,7 @@ class PlanCheck(Callback):
 
     Args:
         when: `gpu` plans where devices are GPUs, `always` on a CPU too, `never` switches it off.
-        hardware: Name of the devices in the planner's table; null looks for it in the GPU's own name.
+        hardware: Name of the GPU in the planner's table; null looks for it in the GPU's own name. A CPU is measured.
         hardware_table: A CSV file with devices of your own, as for `bigmodels plan --gpu_table`.
         seconds: How long the run may wait for its plan; if that takes longer, one line says so and the run begins.
     """
@@ -121,7 +121,7 @@ class PlanCheck(Callback):
         from lightning_bigmodels.planner.plan import make_plan
         from lightning_bigmodels.planner.time_limit import TimeLimitError, time_limit
 
-        hardware = gpu or find_hardware(self.hardware or "cpu", self.hardware_table)
+        hardware = gpu or find_hardware("cpu", self.hardware_table)
         self._machine = machine_of(device)  # with the threads that it was measured with: the run may take fewer
         try:
             with isolate_rng(include_cuda=False), time_limit(self.seconds - (time.monotonic() - start)):
@@ -251,13 +251,17 @@ def _gpu(device: torch.device, name: str | None, table: str | None) -> "Hardware
     """Return what the planner knows of this process's GPU, with the memory that it really has.
 
     Raises:
-        InputError: the table has none that its own name holds, and no name is given.
+        InputError: the table has none that its own name holds, and no name of another is given.
     """
     from lightning_bigmodels.planner.hardware import find_hardware
 
     # a part of a GPU has less memory than its kind, as some models for laptops have
     properties = torch.cuda.get_device_properties(device)
     found = find_hardware(name or _gpu_name(properties.name, table), table)
+    if found.name == "cpu":
+        raise InputError(
+            f"PlanCheck's hardware is {name}, and the run is on {properties.name}; name a GPU of the table"
+        )
     return replace(found, memory=properties.total_memory)
 
 

@@ -103,7 +103,8 @@ def _limit(plan: Plan) -> str | None:
     if room.memory >= 2 * room.allocated:
         return None
     others = (room.used - room.allocated) / GIB
-    return f"{plan.hardware.name} has {room.memory / GIB:,.2f} GiB, of which {others:,.2f} are not for tensors"
+    name = "each process" if plan.hardware.name == "cpu" and plan.setting.devices > 1 else plan.hardware.name
+    return f"{name} has {room.memory / GIB:,.2f} GiB, of which {others:,.2f} are not for tensors"
 
 
 def _phases(plan: Plan) -> Iterable[tuple[Phase, int, int]]:

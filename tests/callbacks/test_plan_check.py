@@ -199,13 +199,15 @@ def test_a_gpu_that_is_none_of_the_table_is_told(name, nearest):
     assert str(raised.value) == f"the table of devices has no {name}; {remedy}"
 
 
-def test_a_gpu_has_the_memory_that_it_says(monkeypatch):
+def test_a_gpu_has_the_memory_that_it_says(monkeypatch, quick):
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3 MIG 1g.10gb", total_memory=10 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     found = plan_check._gpu(torch.device("cuda", 1), "h100", None)
     assert found == replace(hardware.find_hardware("h100"), memory=10 * 2**30)
     properties.name = "NVIDIA L4"
     assert plan_check._gpu(torch.device("cuda", 1), None, None).name == "l4"
+    with pytest.raises(InputError, match="PlanCheck's hardware is cpu, and the run is on NVIDIA L4; name a GPU of the"):
+        plan_check._gpu(torch.device("cuda", 1), "cpu", None)
 
 
 def test_a_plan_for_a_gpu_is_of_the_gpu_that_is_there(tmp_path, monkeypatch):

@@ -199,6 +199,10 @@ def test_pictures_stack_the_kinds(tmp_path):
     write_pictures(made_plan(state=16), "", folder)
     text = "h100 has 24.00 GiB, of which 0.00 are not for tensors"
     assert json.dumps(text) in (folder / "memory.html").read_text(encoding="utf-8")
+    plan = made_plan(Setting("ddp", devices=2), state=16)
+    plan = replace(plan, hardware=replace(plan.hardware, name="cpu"))
+    write_pictures(plan, "", folder)
+    assert "each process has 24.00 GiB" in (folder / "memory.html").read_text(encoding="utf-8")
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
