@@ -183,6 +183,17 @@ class CLI(LightningCLI):
             self.config_dump = yaml.safe_load(text)[str(self.subcommand)]
 
     @override
+    def instantiate_classes(self) -> None:
+        given = self.config
+        if self._verb in _UNTRAINED:
+            # what the recipe's strategy wants, a package or a GPU, need not be here
+            self.config = given.clone()
+            trainer = self.config[self._verb]["trainer"]
+            trainer["strategy"], trainer["plugins"] = "auto", None
+        super().instantiate_classes()
+        self.config = given
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         verb = str(self.subcommand)
         config = self.config[verb]

@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -22,64 +21,26 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.planner.buckets import keep_buckets
 from lightning_bigmodels.planner.corrections import on_cuda, use_cuda_defaults
 from lightning_bigmodels.planner.detections import assume_detections
 from lightning_bigmodels.planner.eight_bit import use_8bit
 from lightning_bigmodels.planner.first_process import FirstProcess, without_gpus
 from lightning_bigmodels.planner.fusion import fuse
-from lightning_bigmodels.planner.trace import StepTrace, Transfer
+from lightning_bigmodels.planner.refusals import check_setting
+from lightning_bigmodels.planner.setting import Setting
+from lightning_bigmodels.planner.trace import StepTrace
 from lightning_bigmodels.planner.workspace import cpu_workspace
 from lightning_bigmodels.strategies.batch_norm import one_value_allowed
 from lightning_bigmodels.strategies.precision import with_true_precision
 from lightning_bigmodels.tasks import Task
 
+__all__ = ["Setting", "simulate"]
+
 _LONG_RUN = 10**6
 """What a schedule is laid over, whose warmup may be longer than what is simulated."""
 _NO_THREAD = -1
 """Where torch keeps meshes of threads apart, that of no thread."""
-_BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's own
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a step is run: what the Trainer's lines and the data module's say, and what a plan may change.
-
-    Attributes:
-        strategy: Name of a strategy, as for `trainer.strategy`.
-        precision: As for `trainer.precision`.
-        devices: Processes of a node.
-        num_nodes: Nodes.
-        batch_size: Rows of a batch on each process.
-        accumulate_grad_batches: Batches of an optimizer step.
-        gradient_clip_val: As for the Trainer.
-        activation_checkpointing: Whether blocks are computed anew in the backward pass; None: as the model says.
-        sync_batchnorm: Whether batch norm is over the batches of all processes.
-        averages_weights: Whether a callback keeps an average of the weights, on the device that trains them.
-        optimizer_8bit: Whether the model's AdamW gives way to one with moments of 8 bits.
-    """
-
-    strategy: str = "auto"
-    precision: str = "32-true"
-    devices: int = 1
-    num_nodes: int = 1
-    batch_size: int = 1
-    accumulate_grad_batches: int = 1
-    gradient_clip_val: float | None = None
-    activation_checkpointing: bool | None = None
-    sync_batchnorm: bool = False
-    averages_weights: bool = False
-    optimizer_8bit: bool = False
-
-    @property
-    def world_size(self) -> int:
-        """Processes of the run."""
-        return self.devices * self.num_nodes
-
-    @property
-    def offloads(self) -> bool:
-        """Whether weights, gradients and optimizer state are in host memory."""
-        return self.strategy == "fsdp2_offload"
 
 
 class _WithoutMemory(FakeTensorMode):
@@ -188,8 +149,9 @@ def simulate(
         like_cuda: Whether operations hold what they hold on CUDA, instead of what they hold on a CPU.
 
     Raises:
-        InputError: the strategy cannot be simulated, or an operation hangs on values.
+        InputError: the setting cannot be simulated, or an operation hangs on values.
     """
+    check_setting(setting)
     # to a CPU host memory is no other than its own
     trace = StepTrace(block_size, None if like_cuda else cpu_workspace, like_cuda and setting.offloads)
     model = copy.deepcopy(model)
@@ -261,13 +223,6 @@ def _as_it_is(network: Any = None, **_: Any) -> Any:
 
 
 def _trainer(setting: Setting, watch: Callback) -> Trainer:
-    if setting.strategy.startswith("fsdp") and not setting.strategy.startswith("fsdp2"):
-        raise InputError(
-            f"the strategy {setting.strategy} flattens parameters by code that needs a GPU, and cannot be planned; "
-            f"plan with fsdp2, which holds the same shards"
-        )
-    if setting.strategy.startswith(("deepspeed", "xla", "ddp_spawn", "ddp_notebook", "ddp_fork")):
-        raise InputError(f"the strategy {setting.strategy} cannot be planned; plan with ddp or fsdp2")
     arguments: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": setting.devices,
@@ -358,7 +313,7 @@ def _set_up_without_memory(
     # they were built in their dtype
     strategy.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
     if isinstance(strategy, DDPStrategy):
-        strategy.configure_ddp = lambda: _keep_buckets(strategy, trace)  # type: ignore[method-assign]
+        strategy.configure_ddp = lambda: keep_buckets(strategy, trace)  # type: ignore[method-assign]
         strategy.pre_backward = nothing  # type: ignore[method-assign,assignment]
         strategy.block_backward_sync = nullcontext  # type: ignore[method-assign,assignment]
 
@@ -371,28 +326,3 @@ def _fill(module: LightningModule) -> None:
     for owner, name, p in places:
         first, first_name = owners[id(p)]
         owner[name] = first[first_name]
-
-
-def _keep_buckets(strategy: DDPStrategy, trace: StepTrace) -> None:
-    """Hold and send what DistributedDataParallel does; its own reducer, in C++, reads values.
-
-    It holds each gradient once more, in buckets that are summed over the processes as they fill up.
-    """
-    module = strategy.lightning_module
-    assert module is not None
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not strategy._ddp_kwargs.get("gradient_as_bucket_view"):
-        strategy._simulated_buckets = [torch.empty_like(parameter) for parameter in parameters]  # type: ignore[attr-defined]
-        trace.note(strategy._simulated_buckets, "communication")  # type: ignore[attr-defined]
-    processes = strategy.world_size
-    filled = 0
-
-    def fill(parameter: torch.Tensor) -> None:
-        nonlocal filled
-        filled += parameter.nbytes
-        if filled >= _BUCKET_BYTES or parameter is parameters[0]:
-            trace.transfers[Transfer("allreduce_", "backward", filled, processes)] += 1
-            filled = 0
-
-    for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(fill)

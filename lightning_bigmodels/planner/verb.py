@@ -3,24 +3,21 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_bigmodels.errors import InputError, near
+from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.peak_memory import GIB
 from lightning_bigmodels.planner.calibration import read_calibration
 from lightning_bigmodels.planner.hardware import find_hardware
 from lightning_bigmodels.planner.picture import JSON_NAME, check_output, write_pictures
 from lightning_bigmodels.planner.plan import Length, Plan, check_not_negative, make_plan
+from lightning_bigmodels.planner.refusals import bounds_of
 from lightning_bigmodels.planner.report import report
 from lightning_bigmodels.planner.search import Trial, find_changes
-from lightning_bigmodels.planner.simulation import Setting
-
-# what divides state as fsdp2 does and at worst holds all of it as ddp does
-_BETWEEN_FSDP2_AND_DDP = ("fsdp", "deepspeed")
+from lightning_bigmodels.planner.setting import Setting
 
 
 @dataclass
@@ -80,10 +77,6 @@ def answer(
         InputError: an option is wrong, or the step cannot be planned.
     """
     check_not_negative(samples=samples, price=price)
-    strategies = ("auto", *StrategyRegistry.available_strategies())
-    if setting.strategy not in strategies:
-        hint = near(setting.strategy, strategies) or "; plan with ddp or fsdp2"
-        raise InputError(f"the planner does not know the strategy {setting.strategy}{hint}")
     hardware = find_hardware(gpu, gpu_table)
     calibration = None if calibrate is None else read_calibration(calibrate, hardware.name)
     folder = None if output is None else check_output(output)
@@ -103,15 +96,20 @@ def answer(
 
 
 def _plan_or_bounds(setting: Setting, replan: Callable[[Setting], Plan]) -> Plan:
-    name = setting.strategy
-    if not name.startswith(_BETWEEN_FSDP2_AND_DDP) or name.startswith("fsdp2"):
+    bounds = bounds_of(setting)
+    if bounds is None:
         return replan(setting)
-    peaks = {other: replan(replace(setting, strategy=other)).room.allocated for other in ("fsdp2", "ddp")}
-    low = "" if "offload" in name else f"{peaks['fsdp2'] / GIB:,.2f} GiB, as with fsdp2, and "
+    low, high, on_top = bounds
+    most = f"{(replan(high).room.allocated + on_top) / GIB:,.2f} GiB, as with {high.strategy}"
+    if on_top:
+        most += f" and the {on_top / GIB:,.2f} GiB that its own buckets take by default"
+    between = f"at most {most}"
+    if low is not None:
+        least = replan(low).room.allocated / GIB
+        between = f"between {least:,.2f} GiB, as with {low.strategy} in {low.precision}, and {most}"
     raise InputError(
-        f"the strategy {name} cannot be simulated without GPUs; at the step's peak a device would have allocated "
-        f"{'between ' if low else 'at most '}{low}{peaks['ddp'] / GIB:,.2f} GiB, as with ddp; plan with "
-        f"--trainer.strategy fsdp2"
+        f"the strategy {setting.strategy} cannot be simulated without GPUs; at the step's peak a device would have "
+        f"allocated {between}; plan with --trainer.strategy fsdp2"
     )
 
 

@@ -79,15 +79,9 @@ class FSDP2Strategy(ShardedCheckpoints):
 
     @override
     def setup_environment(self) -> None:
-        world = self.num_nodes * self.num_processes
-        tensor = self.num_processes if self._tensor_parallel_size == "auto" else self._tensor_parallel_size
-        data = world // max(1, tensor) if self._data_parallel_size == "auto" else self._data_parallel_size
-        if tensor < 1 or data * tensor != world:
-            given = "" if self._data_parallel_size == "auto" else f" times data_parallel_size {data}"
-            raise InputError(
-                f"tensor_parallel_size {tensor}{given} does not make up the {world} processes (devices "
-                f"{self.num_processes} times num_nodes {self.num_nodes}); change one of them"
-            )
+        data, tensor = mesh_sizes(
+            self._data_parallel_size, self._tensor_parallel_size, self.num_processes, self.num_nodes
+        )
         self._tensor_parallel_size, self._data_parallel_size = tensor, data
         # advice on collectives, from each process, that nobody who names a strategy can follow
         logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
@@ -157,6 +151,39 @@ class FSDP2Strategy(ShardedCheckpoints):
         first = int(self.device_mesh["tensor_parallel"].mesh.flatten()[0])
         if seeds[first] != torch.initial_seed():
             torch.manual_seed(seeds[first])
+
+
+def mesh_sizes(
+    data_parallel_size: Literal["auto"] | int,
+    tensor_parallel_size: Literal["auto"] | int,
+    devices: int,
+    num_nodes: int,
+) -> tuple[int, int]:
+    """Return how many groups see different data, and how many processes split a layer.
+
+    Args:
+        data_parallel_size: As for `FSDP2Strategy`.
+        tensor_parallel_size: As for `FSDP2Strategy`.
+        devices: Processes of a node.
+        num_nodes: Nodes.
+
+    Raises:
+        InputError: They do not make up the processes.
+    """
+    world = devices * num_nodes
+    given = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
+    for name, size in given.items():
+        if size != "auto" and not isinstance(size, int):
+            raise InputError(f"{name} is {size!r}; set it to auto, or to 1 or more of the {world} processes")
+    tensor = devices if tensor_parallel_size == "auto" else tensor_parallel_size
+    data = world // max(1, tensor) if data_parallel_size == "auto" else data_parallel_size
+    if tensor < 1 or data * tensor != world:
+        times = "" if data_parallel_size == "auto" else f" times data_parallel_size {data}"
+        raise InputError(
+            f"tensor_parallel_size {tensor}{times} does not make up the {world} processes (devices {devices} times "
+            f"num_nodes {num_nodes}); change one of them"
+        )
+    return data, tensor
 
 
 def keeps_on_host(strategy: Strategy) -> bool:

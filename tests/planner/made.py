@@ -18,7 +18,7 @@ def made_plan(setting=None, state=8, row=4, memory=24):
     setting = setting or Setting()
     shards = setting.world_size if setting.strategy.startswith("fsdp2") else 1
     halved = 2 if setting.precision == "bf16-mixed" else 1
-    split = int(setting.strategy.removeprefix("fsdp2_tp") or 1) if "_tp" in setting.strategy else 1
+    split = int(setting.strategy.partition("_tp")[2] or 1)
     activations = row * setting.batch_size / halved / (4 if setting.activation_checkpointing else 1) / split
     shard = int(state * GIB / shards)
     host = shard if setting.offloads else 0

@@ -13,6 +13,11 @@ from lightning_bigmodels.strategies import CompressedDDPStrategy, FSDP2Strategy
 from tests.toys import ToyData
 
 OURS = "lightning_bigmodels.strategies."
+LIGHTNINGS = "lightning.pytorch.strategies."
+
+
+class Own(DDPStrategy):
+    """It may shard, as DeepSpeed's does, which is one of these too."""
 
 
 @pytest.mark.parametrize(
@@ -24,9 +29,30 @@ OURS = "lightning_bigmodels.strategies."
         ({"class_path": OURS + "FSDP2Strategy", "init_args": {"tensor_parallel_size": 2}}, "fsdp2_tp2"),
         ({"class_path": OURS + "FSDP2Strategy", "init_args": {"tensor_parallel_size": 16}}, "tp"),
         ({"class_path": OURS + "FSDP2Strategy", "init_args": {"offload": True}}, "fsdp2_offload"),
+        (
+            {"class_path": OURS + "FSDP2Strategy", "init_args": {"offload": True, "tensor_parallel_size": "auto"}},
+            "fsdp2_offload_tp16",
+        ),
         ({"class_path": OURS + "CompressedDDPStrategy", "init_args": {"compression": "powersgd"}}, "ddp_powersgd"),
-        ({"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"bucket_cap_mb": 50}}, "ddp"),
+        ({"class_path": LIGHTNINGS + "DDPStrategy", "init_args": {"bucket_cap_mb": 50}}, "ddp"),
+        (
+            {
+                "class_path": OURS + "CompressedDDPStrategy",
+                "init_args": {"compression": "powersgd", "powersgd_rank": 4},
+            },
+            "ddp_powersgd_rank4",
+        ),
+        ({"class_path": LIGHTNINGS + "DDPStrategy", "init_args": {"gradient_as_bucket_view": True}}, "ddp_bucket_view"),
+        ({"class_path": LIGHTNINGS + "FSDPStrategy", "init_args": {"cpu_offload": True}}, "fsdp_cpu_offload"),
+        ({"class_path": LIGHTNINGS + "DeepSpeedStrategy"}, "deepspeed_stage_2"),
+        (
+            {"class_path": LIGHTNINGS + "DeepSpeedStrategy", "init_args": {"stage": 3, "offload_parameters": True}},
+            "deepspeed_stage_3_offload",
+        ),
+        ({"class_path": LIGHTNINGS + "DeepSpeedStrategy", "init_args": {"config": "zero.json"}}, "deepspeed_config"),
         ({"class_path": "my.Strategy"}, "my.Strategy"),
+        # whoever makes a strategy of his own may give it any name
+        ({"class_path": "my.DDPStrategy"}, "my.DDPStrategy"),
     ],
 )
 def test_lines_name_a_strategy(strategy, name):
@@ -57,15 +83,9 @@ def test_devices_that_are_none_are_refused(devices):
         setting_from_lines({"devices": devices}, ToyData())
     lines = {"class_path": OURS + "FSDP2Strategy", "init_args": {"tensor_parallel_size": "all"}}
     with pytest.raises(
-        InputError, match=r"tensor_parallel_size is 'all'; set it to auto, or to 1 or more of the 6 dev"
+        InputError, match=r"tensor_parallel_size is 'all'; set it to auto, or to 1 or more of the 6 proc"
     ):
         setting_from_lines({"strategy": lines, "devices": 6}, ToyData())
-
-
-def test_offload_with_layers_split_has_no_plan():
-    lines = {"class_path": OURS + "FSDP2Strategy", "init_args": {"tensor_parallel_size": 2, "offload": True}}
-    with pytest.raises(InputError, match="offload with tensor_parallel_size 2 cannot be planned; plan with fsdp2_off"):
-        setting_from_lines({"strategy": lines, "devices": 4}, ToyData())
 
 
 def test_layers_may_be_split_over_any_number_of_processes():
@@ -93,6 +113,9 @@ def test_layers_may_be_split_over_any_number_of_processes():
         (CompressedDDPStrategy("bf16"), "ddp_bf16_gradients"),
         (FSDP2Strategy(tensor_parallel_size=2), "fsdp2_tp2"),
         (FSDP2Strategy(offload=True), "fsdp2_offload"),
+        (DDPStrategy(gradient_as_bucket_view=True), "ddp_bucket_view"),
+        (CompressedDDPStrategy("fp16", gradient_as_bucket_view=True), "ddp_fp16_gradients_bucket_view"),
+        (Own(), "Own"),
     ],
 )
 def test_a_trainer_is_a_setting(strategy, name):

@@ -15,6 +15,7 @@ from lightning_bigmodels import CausalLanguageModel, ImageClassifier, Images, Te
 from lightning_bigmodels.batch_size import find_batch_size
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner.course import course_of
+from lightning_bigmodels.planner.flags import setting_from_lines
 from lightning_bigmodels.planner.simulation import Setting, simulate
 from lightning_bigmodels.planner.trace import TO_DEVICE, TO_HOST, StepTrace
 from lightning_bigmodels.tasks import Task
@@ -164,6 +165,38 @@ def test_offloaded_weights_come_down_block_by_block_and_gradients_go_up(devices,
     assert sizes[TO_HOST, "backward"] == whole
 
 
+@pytest.mark.parametrize(
+    ("strategy", "held", "sent"),
+    [
+        ("ddp_spawn", 1, 1),
+        ("ddp_fp16_gradients", 1, 0.5),
+        ("ddp_powersgd", 2, 0.025),
+        ({"class_path": "DDPStrategy", "init_args": {"gradient_as_bucket_view": True}}, 0, 1),
+    ],
+)
+def test_ddp_holds_and_sends_what_its_variant_does(strategy, held, sent):
+    model, data = language_model()
+    setting = setting_from_lines({"strategy": strategy, "devices": 2}, data)
+    found = simulate(model, data, dataclasses.replace(setting, batch_size=1))
+    size = found.peak.held["gradients"]
+    assert found.peak.held.get("communication", 0) == held * size
+    assert sum(count * one.size for one, count in found.transfers.items()) == pytest.approx(sent * size, rel=0.05)
+
+
+def test_layers_may_be_split_where_weights_are_offloaded():
+    model, data = language_model()
+    arguments = {"tensor_parallel_size": 2, "offload": True}
+    lines = {"strategy": {"class_path": "FSDP2Strategy", "init_args": arguments}, "devices": 4}
+    setting = setting_from_lines(lines, data)
+    found = simulate(model, data, setting, like_cuda=True)
+    on_device = simulate(model, data, dataclasses.replace(setting, strategy="fsdp2_tp2"), like_cuda=True).peak.held
+    state = sum(on_device.pop(kind) for kind in ("parameters", "gradients", "optimizer state"))
+    kept = found.peak.held.pop("parameters")
+    assert found.peak.held == on_device
+    assert kept + found.host_peak == pytest.approx(state, rel=0.1)
+    assert kept < 0.01 * state
+
+
 def test_a_processor_has_no_host_memory_beside_its_own():
     model, data = language_model()
     found, sharded = (simulate(model, data, Setting(name, batch_size=ROWS)) for name in ("fsdp2_offload", "fsdp2"))
@@ -200,9 +233,8 @@ def test_what_cannot_be_planned_is_named():
     _, data = classifier()
     with pytest.raises(InputError, match=r"the step cannot be planned: the result of aten::bincount hangs on values"):
         simulate(Counts(), data, Setting(batch_size=ROWS))
-    for strategy, words in {"fsdp": "plan with fsdp2, which holds the same shards", "ddp_spawn": "with ddp or"}.items():
-        with pytest.raises(InputError, match=words):
-            simulate(*classifier(), Setting(strategy, batch_size=ROWS, devices=2))
+    with pytest.raises(InputError, match="plan with fsdp2, which holds the same shards"):
+        simulate(*classifier(), Setting("fsdp", batch_size=ROWS, devices=2))
 
 
 @pytest.mark.parametrize(("batches", "least"), [(1, 0), (2, 1)])
