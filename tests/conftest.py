@@ -6,6 +6,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
+from tests.forked_python import serving
 from tests.sharing import Sharing, place_of
 
 # networks of a few kilobytes run fastest on one thread, here and in the processes that tests start
@@ -53,6 +54,13 @@ def pytest_collection_finish():
     """
     if "torch" in sys.modules:
         sys.modules["torch"].ones(1, requires_grad=True).sum().backward()
+
+
+@pytest.fixture(scope="session")
+def python():
+    """The path of a Python for the command in processes of its own, which start at once."""
+    with serving() as executable:
+        yield executable
 
 
 @pytest.fixture(scope="session")

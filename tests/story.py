@@ -128,8 +128,8 @@ SHELL = ("printf", "cat", "ls", "cp")
 class Story:
     """A folder of the reader's, the commands given in it, and what the last of them printed."""
 
-    def __init__(self, capsys, monkeypatch):
-        self.capsys, self.monkeypatch = capsys, monkeypatch
+    def __init__(self, capsys, monkeypatch, python):
+        self.capsys, self.monkeypatch, self.python = capsys, monkeypatch, python
         self.output = ""
         self.unused = set()
         self.log = logging.StreamHandler(self)
@@ -180,7 +180,7 @@ class Story:
         words = shrink(words, self.unused)
         if "--trainer.devices" in words and words[0] != "plan":
             # Lightning starts the other processes from the command line of this one
-            command = [sys.executable, "-m", "lightning_bigmodels", *words]
+            command = [self.python, "-m", "lightning_bigmodels", *words]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             assert result.returncode == 0, result.stderr
             self.output += result.stdout
@@ -227,8 +227,8 @@ def shrink(words, unused):
 
 
 @contextmanager
-def reading(tmp_path, monkeypatch, capsys):
-    """The reader's folder with text of his own, and a home without caches and keys."""
+def reading(tmp_path, monkeypatch, capsys, python=sys.executable):
+    """The reader's folder with text of his own, a home without caches and keys, and `python` for several processes."""
     folder = tmp_path / "work"
     (folder / "my_text").mkdir(parents=True)
     (folder / "more").mkdir()
@@ -244,7 +244,7 @@ def reading(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    story = Story(capsys, monkeypatch)
+    story = Story(capsys, monkeypatch, python)
     yield story
     logging.getLogger("lightning.pytorch").removeHandler(story.log)
     sys.modules.pop("my_model", None)

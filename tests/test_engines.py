@@ -157,9 +157,14 @@ def test_every_script_is_run_here():
 
 
 class Hosts:
-    """Hosts that run host.sh: several on this machine, each with an address of its own."""
+    """Hosts that run host.sh: several on this machine, each with an address of its own.
 
-    def __init__(self):
+    Args:
+        python: With what torchrun starts the command.
+    """
+
+    def __init__(self, python):
+        self.python = python
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.running = {}
@@ -181,7 +186,7 @@ class Hosts:
                 ["bash", f"{name}.sh", "127.0.0.1"],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "LOGLEVEL": "INFO"},
+                env={**os.environ, "LOGLEVEL": "INFO", "PYTHON_EXEC": self.python},
                 start_new_session=True,
             )
 
@@ -204,10 +209,10 @@ class Hosts:
                 process.wait(60)
 
 
-def test_a_host_is_lost_and_another_comes(folder):
+def test_a_host_is_lost_and_another_comes(folder, python):
     watch = {"class_path": "ProcessWatch", "init_args": {"timeout": 3, "interval": 1}}
     write_tiny(watch, pause(12, rank=1), pause(26, rank=0))
-    hosts = Hosts()
+    hosts = Hosts(python)
     try:
         hosts.start("first", 1)
         hosts.start("second", 2)
@@ -238,7 +243,7 @@ for task in "${tasks[@]}"; do wait "$task"; done
 """
 
 
-def test_a_slurm_job_is_signalled_and_requeued(folder, monkeypatch):
+def test_a_slurm_job_is_signalled_and_requeued(folder, python, monkeypatch):
     write_tiny(pause(12, rank=1))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -246,7 +251,12 @@ def test_a_slurm_job_is_signalled_and_requeued(folder, monkeypatch):
     for name, value in job.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     monkeypatch.setenv("MASTER_PORT", str(port))  # else made of the job's number, which may be taken here
-    for name, text in {"srun": SRUN, "scontrol": "#!/bin/sh\necho $@ >> said\n"}.items():
+    commands = {
+        "srun": SRUN,
+        "scontrol": "#!/bin/sh\necho $@ >> said\n",
+        "bigmodels": f'#!/bin/sh\nexec {python} -m lightning_bigmodels "$@"\n',
+    }
+    for name, text in commands.items():
         Path(name).write_text(text, encoding="utf-8")
         Path(name).chmod(0o755)
     text = script("train.sbatch", {"--config text/quickstart": "--config text/quickstart --config tiny.yaml"})

@@ -27,9 +27,14 @@ CUT, KILLED = 23, 33
 
 
 class Hosts:
-    """Two namespaces, a and b, and a wire between them."""
+    """Two namespaces, a and b, and a wire between them.
 
-    def __init__(self):
+    Args:
+        python: With what torchrun starts the command.
+    """
+
+    def __init__(self, python):
+        self.python = python
         self.names = {host: f"bm{host}{os.getpid()}" for host in "ab"}
         self.address = {"a": "10.77.0.1", "b": "10.77.0.2"}
         for name in self.names.values():
@@ -60,7 +65,7 @@ class Hosts:
             *("--rdzv-id", folder.name, "--local-addr", self.address[host]),
             *("-m", "lightning_bigmodels", *arguments),
         ]
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "wire", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "wire", "WANDB_MODE": "disabled", "PYTHON_EXEC": self.python}
         # torchrun else keeps one store for all its starts, where a new process may read the address of a dead one
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         with (folder / f"{host}.log").open("wb") as log:
@@ -74,12 +79,12 @@ def _ip(*arguments):
 
 
 @pytest.fixture(scope="module")
-def hosts():
+def hosts(python):
     """Return the two hosts."""
     if shutil.which("ip") is None:
         pytest.skip("this machine has no `ip` command (iproute2) to make network namespaces with")
     try:
-        made = Hosts()
+        made = Hosts(python)
     except subprocess.CalledProcessError as error:
         pytest.skip(f"this machine allows no network namespaces: {error.stderr.strip()}")
     yield made
@@ -104,7 +109,7 @@ def fit(folder, strategy, text_file, *callbacks):
                 "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
                 "init_args": {"every_n_train_steps": 5, "save_last": True, "save_top_k": 0},
             },
-            {"class_path": "ProcessWatch", "init_args": {"timeout": 6, "interval": 1}},
+            {"class_path": "ProcessWatch", "init_args": {"timeout": 4, "interval": 1}},
             *callbacks,
         ],
     }

@@ -21,8 +21,8 @@ def blocks():
 
 
 @pytest.fixture
-def story(tmp_path, monkeypatch, capsys):
-    with page.reading(tmp_path, monkeypatch, capsys) as told:
+def story(tmp_path, monkeypatch, capsys, python):
+    with page.reading(tmp_path, monkeypatch, capsys, python) as told:
         yield told
 
 

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -126,7 +125,7 @@ def test_validation_leaves_the_training_stream_alone(tmp_path, text):
     same(often.state_dict(), never.state_dict())
 
 
-def test_a_real_kill_and_the_same_command_again(tmp_path, text_file, cache_dir, monkeypatch):
+def test_a_real_kill_and_the_same_command_again(tmp_path, text_file, cache_dir, python, monkeypatch):
     """The command, its run folder, W&B's file and metrics.csv; with accumulation, a worker and validation."""
     # a test before this one may have left the address of its W&B service; a run in a terminal starts its own
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
@@ -172,13 +171,12 @@ def test_a_real_kill_and_the_same_command_again(tmp_path, text_file, cache_dir, 
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    script = "import sys; from lightning_bigmodels.__main__ import main; sys.exit(main())"
 
     def arguments(root, *more):
         return ["fit", "--config", str(path), "--trainer.default_root_dir", str(tmp_path / root), *more]
 
     def command(*words):
-        args = [sys.executable, "-c", script, *arguments(*words)]
+        args = [python, "-m", "lightning_bigmodels", *arguments(*words)]
         return subprocess.run(args, capture_output=True, text=True, check=False)
 
     def weights(root):

@@ -217,22 +217,6 @@ def test_it_is_enough_that_one_process_is_told(strategy, tmp_path):
     assert same(resumed, whole)
 
 
-class TellAll(Callback):
-    """Sends SIGTERM to the process that started this one, `torchrun`, which passes it on.
-
-    Args:
-        batch: Number of the batch, from 1.
-    """
-
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
-
-    def on_before_backward(self, trainer, *args):
-        if trainer.fit_loop.total_batch_idx + 1 == self.batch and trainer.global_rank == 1:
-            os.kill(os.getppid(), signal.SIGTERM)
-            time.sleep(1)
-
-
 @pytest.fixture
 def command(tmp_path, text_file, cache_dir, monkeypatch):
     """Return a function from the names of a folder and a callback to the arguments of a fit."""
@@ -286,20 +270,28 @@ def last(tmp_path, root):
     return torch.load(path, weights_only=True)
 
 
-def test_torchrun_passes_sigterm_on_and_the_same_command_goes_on(command, tmp_path):
+def test_torchrun_passes_sigterm_on_and_the_same_command_goes_on(command, tmp_path, python):
     both = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--module"]
-    stopped = subprocess.run(
-        [*torchrun, "lightning_bigmodels", *command("cut", "TellAll", "--trainer.callbacks.batch=7", *both)],
-        capture_output=True,
+    pause = ["--trainer.callbacks+=tests.faults.Pause", "--trainer.callbacks.steps=[7]"]
+    pause += [f"--trainer.callbacks.folder={tmp_path}"]
+    stopped = subprocess.Popen(
+        [*torchrun, "lightning_bigmodels", *command("cut", "", *pause, *both)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=120,
+        env={**os.environ, "PYTHON_EXEC": python},
     )
+    while not (tmp_path / "reached7").exists():
+        assert stopped.poll() is None, stopped.stderr.read()
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGTERM)
+    (tmp_path / "go7").touch()
+    stdout, stderr = stopped.communicate(timeout=120)
     step = last(tmp_path, "cut")["global_step"]
-    assert 7 <= step < 30, stopped.stderr
-    assert stopped.stdout.count(f"SIGTERM: stopped after step {step}, saved ") == 1
-    assert stopped.stderr.count("Traceback") == 1, stopped.stderr  # torchrun's own
+    assert 7 <= step < 30, stderr
+    assert stdout.count(f"SIGTERM: stopped after step {step}, saved ") == 1
+    assert stderr.count("Traceback") == 1, stderr  # torchrun's own
     assert run_on(2, main, command("cut", "", "--ckpt_path=last", *both)) == [0, 0]
     assert run_on(2, main, command("whole", "", *both)) == [0, 0]
     found, expected = last(tmp_path, "cut"), last(tmp_path, "whole")
