@@ -195,7 +195,7 @@ class GAN(Alternation, PictureGeneration):
     def discriminator_loss(self, batch: ImageBatch, made: Tensor) -> Tensor:
         self.check_pictures(batch["images"])
         labels, noise = self._labels(batch), self._noise_beside("train", batch["indices"])
-        real = alter(batch["images"] / 127.5 - 1, self.augmentation, noise)
+        real = alter(batch["images"].float() / 127.5 - 1, self.augmentation, noise)
         made = alter(made.float(), self.augmentation, noise)
         # before the logits: sharded weights are gathered by a forward pass, and leave with the slopes
         penalties = self._penalties(batch, real, made, noise.uniform())
@@ -240,7 +240,7 @@ class GAN(Alternation, PictureGeneration):
         self.check_pictures(batch["images"])
         labels = self._labels(batch)
         made = self._make(self.noise(phase, batch["indices"]), labels).float()
-        of_real, of_made = self._judge_both(batch["images"] / 127.5 - 1, made, labels)
+        of_real, of_made = self._judge_both(batch["images"].float() / 127.5 - 1, made, labels)
         losses = {
             "generator": self.loss.generator(of_made),
             "discriminator": self.loss.real(of_real) + self.loss.made(of_made),
@@ -255,13 +255,13 @@ class GAN(Alternation, PictureGeneration):
 
     def _make(self, noise: SampleNoise, labels: Tensor | None) -> Tensor:
         assert self.network is not None
-        return self.network(noise.normal(self.latent_dim), labels)
+        return self.network(_as_weights(noise.normal(self.latent_dim), self.network), labels)
 
     def _judge(self, pictures: Tensor, labels: Tensor | None) -> Tensor:
         assert self.discriminator is not None
         if self.channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
-        return self.discriminator(pictures, labels).float()
+        return self.discriminator(_as_weights(pictures, self.discriminator), labels).float()
 
     def _judge_both(self, real: Tensor, made: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return logits of real and made pictures, which share no batch norm: Salimans et al. 2016, section 3.2."""
@@ -320,6 +320,11 @@ class _Pictures(nn.Module):
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> tuple[Tensor]:
         return (_as_pixels(self.generator(latents, labels)),)
+
+
+def _as_weights(x: Tensor, network: nn.Module) -> Tensor:
+    """Return a network's input in the precision of its weights; noise and losses are of float32 whatever that is."""
+    return x.to(next(network.parameters()).dtype)
 
 
 def _as_pixels(pictures: Tensor) -> Tensor:

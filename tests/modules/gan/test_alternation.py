@@ -283,6 +283,18 @@ def test_an_overflow_skips_the_step_of_one_network_and_lowers_the_scale(trainer)
         assert torch.equal(parameter, before[name]), name
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64)])
+def test_weights_of_another_precision_learn(precision, dtype, trainer):
+    once, twice = (tiny(**PENALIZED) for _ in range(2))
+    for steps, model in enumerate((once, twice), 1):
+        trainer(max_steps=steps, precision=precision).fit(model, BarsData())
+    for name in ("network", "discriminator"):
+        old, new = (torch.cat([p.flatten() for p in getattr(model, name).parameters()]) for model in (once, twice))
+        assert new.dtype == dtype
+        assert new.isfinite().all()
+        assert not torch.equal(old, new)
+
+
 def test_a_model_fits_twice(trainer):
     model = tiny()
     for _ in range(2):
