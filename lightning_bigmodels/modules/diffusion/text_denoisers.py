@@ -96,6 +96,7 @@ class TextPictureNetwork(nn.Module):
             return self.text_encoder(input_ids=ids, **told)[0]
 
     def _denoise(self, noisy: Tensor, times: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        noisy = _as_weights(noisy, self.denoiser)
         if self.channels_last:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
         told: dict[str, Any] = {"encoder_attention_mask": mask} if self._masks else {}
@@ -117,6 +118,11 @@ class TextPictureNetwork(nn.Module):
         return [*layers, *encoder_blocks(self.text_encoder)]
 
 
+def _as_weights(x: Tensor, network: nn.Module) -> Tensor:
+    """Return a network's input in the precision of its weights; noise and latents are of float32 whatever that is."""
+    return x.to(next(network.parameters()).dtype)
+
+
 def moments(autoencoder: nn.Module, pixels: Tensor) -> Tensor:
     """Return mean and logarithm of the variance of the latents (B, 2 C, h, w) of pixels (B, 3, H, W) in [-1, 1].
 
@@ -124,7 +130,7 @@ def moments(autoencoder: nn.Module, pixels: Tensor) -> Tensor:
     """
     vae: Any = autoencoder
     with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-        return vae.encode(pixels).latent_dist.parameters.half().float()
+        return vae.encode(_as_weights(pixels, vae)).latent_dist.parameters.half().float()
 
 
 def draw_latents(moments: Tensor, noise: Tensor, scale: float, shift: float) -> Tensor:
@@ -142,7 +148,7 @@ def _decode(autoencoder: nn.Module, latents: Tensor) -> Tensor:
     vae: Any = autoencoder
     scale, shift = scaling(vae)
     with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
-        return vae.decode(latents / scale + shift, return_dict=False)[0]
+        return vae.decode(_as_weights(latents / scale + shift, vae), return_dict=False)[0]
 
 
 def scaling(autoencoder: nn.Module) -> tuple[float, float]:

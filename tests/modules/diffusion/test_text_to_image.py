@@ -77,6 +77,15 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, p in module.network.named_parameters() if p.grad is None] == []
 
 
+def test_weights_of_16_bits_learn_and_make_pictures(sources):
+    pictures = data(sources / "pictures", val_fraction=0.25)
+    module = fitted(model(**latent_arguments(sources)), pictures, precision="bf16-true", limit_val_batches=1)
+    assert {p.dtype for p in module.network.parameters()} == {torch.bfloat16}
+    assert module.trainer.callback_metrics["val_loss"].isfinite()
+    with torch.no_grad():
+        assert module.make_pictures(["a red circle"], [5]).shape == (1, 3, SIZE, SIZE)
+
+
 def test_a_picture_depends_on_its_prompt_seed_and_nothing_else(of_pixels):
     with torch.no_grad():
         both = of_pixels.make_pictures(["a red circle", "a blue square"], [5, 6])
