@@ -99,6 +99,16 @@ class ObjectDetector(Detection):
         self.network_args = dict(network_args or {})
         self.save_hyperparameters()
 
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        # torchvision takes no boxes in this format, in which an edge beyond 256 is off by a pixel and more (0.29)
+        if str(self.trainer.precision) == "bf16-true" and detectors.kind_of(self.network_name).endswith("rcnn"):
+            raise InputError(
+                f"trainer.precision bf16-true would round the boxes that {self.network_name} learns from; set it to "
+                f"bf16-mixed"
+            )
+
     # ---- the network
 
     @override

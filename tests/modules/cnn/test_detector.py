@@ -284,3 +284,5 @@ def test_names_and_numbers_travel_in_the_checkpoint(tmp_path, trainer):
         trainer().fit(ObjectDetector("fcos_small", num_classes=3, network_args=SMALL), data)
     with pytest.raises(InputError, match="learns from masks, and the data have none; set data.masks to true"):
         trainer().fit(ObjectDetector("maskrcnn_small", network_args=SMALL), data)
+    with pytest.raises(InputError, match="precision bf16-true would round the boxes that fasterrcnn_small learns from"):
+        trainer(precision="bf16-true").fit(ObjectDetector("fasterrcnn_small", network_args=SMALL), data)
