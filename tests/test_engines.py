@@ -304,7 +304,7 @@ class KilledOnce(Callback):
 """
 
 
-def test_ray_trains_and_goes_on_when_a_worker_is_killed(folder, monkeypatch):
+def test_ray_trains_and_goes_on_when_a_worker_is_killed(folder, python, monkeypatch):
     Path("fault.py").write_text(FAULT.format(folder=str(folder)), encoding="utf-8")
     changes = {
         "\n\ndef train": "\nfrom fault import KilledOnce\n\n\ndef train",
@@ -317,7 +317,7 @@ def test_ray_trains_and_goes_on_when_a_worker_is_killed(folder, monkeypatch):
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as short:
         monkeypatch.setenv("RAY_TMPDIR", short)
         process = subprocess.Popen(
-            [sys.executable, "train_on_ray.py"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [python, "train_on_ray.py"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         try:
             output, _ = process.communicate(timeout=240)

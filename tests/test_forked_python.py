@@ -35,15 +35,16 @@ time.sleep(60)
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Return a function that starts a program with a word under a Python."""
+    """Return a function that starts a program with a word under a Python, as a module or a file."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "program.py").write_text(PROGRAM, encoding="utf-8")
     (tmp_path / "work").mkdir()
     for name, value in {"PYTHONPATH": str(tmp_path / "modules"), "OF": "its own", "RANK": "3"}.items():
         monkeypatch.setenv(name, value)
 
-    def popen(python, *words):
-        command = [python, "-u", "-m", "program", *words]
+    def popen(python, *words, file=False):
+        program = [str(tmp_path / "modules" / "program.py")] if file else ["-m", "program"]
+        command = [python, "-u", *program, *words]
         return subprocess.Popen(
             command,
             cwd=tmp_path / "work",
@@ -74,10 +75,11 @@ def runs(process):
     return True
 
 
-def test_it_has_its_own_arguments_files_folder_and_variables(start, python):
+@pytest.mark.parametrize("file", [False, True])
+def test_it_has_its_own_arguments_files_folder_and_variables(start, python, file):
     ends = []
     for kind in (python, sys.executable):
-        process = start(kind, "tell", "a b", "--c")
+        process = start(kind, "tell", "a b", "--c", file=file)
         ends.append((*process.communicate("typed"), process.returncode))
     assert ends[0] == ends[1]
     assert ends[0][0].startswith("['a b', '--c'] ")
