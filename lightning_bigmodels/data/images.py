@@ -195,8 +195,11 @@ class Images(VisionData):
 
     @override
     def example_batch(self, batch_size: int) -> ImageBatch:
-        """Return random pixels, of the first class, or of none where there may be several or are none."""
-        shape = (batch_size, self.channels, *self.image_size)
+        """Return random pixels, of the first class, or of none where there may be several or are none.
+
+        Pictures that grow from epoch to epoch are as large as the largest in training.
+        """
+        shape = (batch_size, self.channels, *self.transforms.largest_size())
         pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         labels = torch.zeros(batch_size, dtype=torch.int64)
         if self.reading.columns.label is None:

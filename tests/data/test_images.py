@@ -106,6 +106,8 @@ def test_sizes_grow_with_epochs(folder):
     assert next(iter(data.val_dataloader()))["images"].shape == (4, 3, 12, 12)
     # also what stands for a file that was left out
     assert data.parts["train"].filler(0).image.shape == (3, 8, 8)
+    # a plan has room for the largest
+    assert data.example_batch(2)["images"].shape == (2, 3, 10, 12)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,5 +1,6 @@
 """From a picture of any size to one of a batch, on uint8 all the way: crop, resize, flip, augment."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -85,6 +86,10 @@ class Transforms:
         for first, other in self._sizes.items():
             size = other if epoch is not None and epoch >= first else size
         return size
+
+    def largest_size(self) -> Size:
+        """Return height and width of the largest pictures that training sees."""
+        return max((self.size(epoch) for epoch in (0, *self._sizes)), key=math.prod)
 
     def __call__(self, picture: Tensor, epoch: int | None) -> Tensor:
         """Return (C, height, width) uint8."""
