@@ -42,9 +42,9 @@ def at_most(mask: Tensor, number: int) -> Tensor:
     return mask
 
 
-def spread_over(numbers: Tensor, count: int) -> Tensor:
-    """Return whole numbers that are taken henceforth to be as many of each of `count` kinds."""
-    numbers._num_kinds = count  # type: ignore[attr-defined]
+def zeros(numbers: Tensor) -> Tensor:
+    """Return numbers that are taken henceforth to be zero, all of them, when they are compared with one."""
+    numbers._are_zero = True  # type: ignore[attr-defined]
     return numbers
 
 
@@ -65,10 +65,9 @@ def _join(args: tuple[Any, ...], result: Tensor) -> None:
         at_most(result, sum(_num_true(part) for part in parts if isinstance(part, Tensor)))
 
 
-def _part(args: tuple[Any, ...], result: Tensor) -> None:
-    kinds = getattr(args[0], "_num_kinds", None)
-    if kinds is not None:
-        at_most(result, -(-result.numel() // kinds))
+def _compare(args: tuple[Any, ...], result: Tensor) -> None:
+    if hasattr(args[0], "_are_zero"):
+        at_most(result, result.numel() if args[1] == 0 else 0)
 
 
 def _num_true(mask: Tensor) -> int:
@@ -136,5 +135,5 @@ _RULES: dict[Any, Callable[[tuple[Any, ...], Any], None]] = {
     aten.all: _suppose,
     aten.cat: _join,
     aten.bitwise_or: _join,
-    aten.eq: _part,
+    aten.eq: _compare,
 }

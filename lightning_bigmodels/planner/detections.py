@@ -1,8 +1,8 @@
 """What a plan assumes of torchvision's detectors, whose shapes hang on what is in the pictures.
 
 Bounds that torchvision itself keeps hold here too: so many anchors and proposals are drawn for a picture's losses, so
-many proposals are kept. Proposals are assumed to lie as often on each level of a feature pyramid, and no box to be
-suppressed by a better one.
+many proposals are kept. All proposals are assumed to lie on one level of a feature pyramid, the finest, and no box to
+be suppressed by a better one.
 """
 
 import sys
@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lightning_bigmodels.planner.assumptions import at_most, spread_over
+from lightning_bigmodels.planner.assumptions import at_most, zeros
 from lightning_bigmodels.planner.trace import StepTrace
 
 
@@ -57,6 +57,6 @@ def _drawing(draw: Callable[..., Any]) -> Callable[..., Any]:
 
 def _levelling(find: Callable[..., Any]) -> Callable[..., Any]:
     def found(mapper: Any, boxes: list[Tensor]) -> Tensor:
-        return spread_over(find(mapper, boxes), mapper.k_max - mapper.k_min + 1)
+        return zeros(find(mapper, boxes))
 
     return found
