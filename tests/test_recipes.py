@@ -1,8 +1,8 @@
 """The family contract: every recipe that ships, in a tiny version, held to each point that it covers.
 
-1 builds on meta · 2 learns · 3 fit, validate, test, predict from YAML · 4 resumes bit for bit · 5 two processes give
-the loss and the metrics of one · 6 sharded over two it trains, and its checkpoint loads on one · 7 loads under
-weights_only in a process that saw no YAML · 8 its export equals it · 9 broken input ends in one clear error.
+1 builds on meta and is priced · 2 learns · 3 fit, validate, test, predict from YAML · 4 resumes bit for bit · 5 two
+processes give the loss and the metrics of one · 6 sharded over two it trains, and its checkpoint loads on one · 7 loads
+under weights_only in a process that saw no YAML · 8 its export equals it · 9 broken input ends in one clear error.
 
 Another recipe needs its line in `PARAMETERS`; another data type brings a file `recipe_<type>.py` with a class
 `Contract` (see `tests/contract.py`). Everything else holds it unasked.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from lightning.pytorch import Callback
 from lightning_bigmodels import modules
 from lightning_bigmodels.__main__ import main
 from lightning_bigmodels.recipe_files import list_recipes
+from tests import pricing
 from tests.contract import contract_of
 from tests.workers import run_on
 
@@ -169,26 +171,42 @@ def test_discovery_finds_every_recipe():
     assert sorted(RECIPES) == sorted(PARAMETERS)
 
 
+def header_of(name):
+    """Return the words at the head of a recipe, one space between them."""
+    lines = takewhile(lambda line: line.startswith("#"), RECIPES[name].path.read_text(encoding="utf-8").splitlines())
+    return " ".join(word for line in lines for word in line.lstrip("# ").split())
+
+
 @every_recipe
 def test_its_header_is_a_page_of_a_notebook(name):
-    lines = RECIPES[name].path.read_text(encoding="utf-8").splitlines()
-    header = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    header = header_of(name)
     assert f"bigmodels fit --config {name}" in header
     assert "TODO" not in header
     for word in ("Source:", "Data:", "Command:", "Hardware:"):
         assert word in header
-    assert "Result:" in header or "Not run:" in header
+    assert "Result:" in header or ("Not run:" in header and pricing.planned_of(header))
 
 
 @every_recipe
-def test_1_it_builds_on_meta_at_full_size(name):
-    model = yaml.safe_load(RECIPES[name].path.read_text(encoding="utf-8"))["model"]
-    # how optimizer and schedule are made needs no memory, and the next test reads it
-    arguments = {key: value for key, value in model["init_args"].items() if key not in ("optimizer", "schedule")}
-    model = getattr(modules, model["class_path"])(**arguments)
-    with torch.device("meta"):
-        model.configure_model()
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+def test_1_it_builds_on_meta_at_full_size_and_is_priced(name, monkeypatch, capsys):
+    recipe = yaml.safe_load(RECIPES[name].path.read_text(encoding="utf-8"))
+    model, network = getattr(modules, recipe["model"]["class_path"]), pricing.Network()
+    build = model.configure_model
+
+    def build_and_note(model):
+        build(model)
+        network.note(model)
+
+    monkeypatch.setattr(model, "configure_model", build_and_note)
+    usual = ["plan", "--config", name, "--gpu", "h100", "--price", str(pricing.PRICE)]
+    planned, command = pricing.planned_of(header_of(name)) or (None, usual)
+    assert command[: len(usual)] == usual
+    assert main([*command, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert network.number() == PARAMETERS[name]
+    pricing.check_plan(name, recipe, network, plan, int(command[-1]) if "--samples" in command else None)
+    if planned:
+        pricing.check_words(planned, plan)
 
 
 @every_recipe
