@@ -16,9 +16,12 @@ LARGER = {
 }
 """Tiny versions of less than half a MiB, of which the 16 KiB that a convolution takes for itself would be 5 %."""
 MIDDLE = {
+    "autoencoder/denoising": [],
     "gan/dcgan": [],
+    "image/fashion_mnist": [],
     "segmentation/digits": ["--trainer.accumulate_grad_batches=2"],
     "super_resolution/edsr_x2": ["--trainer.precision=32-true"],
+    "text/quickstart": [],
 }
 """Recipes at full size, on batches of their own size, with another setting of some."""
 
