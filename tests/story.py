@@ -212,12 +212,17 @@ def shrink(words, unused):
         return words
     names = [words[place + 1] for place in places]
     unused -= set(names)
-    merged, data_class = {}, "Text"
+    merged, data, data_class = {}, {}, "Text"
     for name in names:
         config = yaml.safe_load(Path(find_config(name)).read_text(encoding="utf-8"))
         merged |= config.get("model", {}).get("init_args", {})
+        data |= config.get("data", {}).get("init_args", {})
         data_class = config.get("data", {}).get("class_path", data_class)
-    override = {"trainer": dict(TRAINER), "data": {"init_args": TEXT if data_class == "Text" else PICTURES}}
+    override = {"trainer": dict(TRAINER), "data": {"init_args": dict(TEXT if data_class == "Text" else PICTURES)}}
+    if "eval_batch_size" in data:
+        override["data"]["init_args"]["eval_batch_size"] = min(4, data["eval_batch_size"])
+    if "num_sampling_steps" in merged:
+        override["model"] = {"init_args": {"num_sampling_steps": 4}}
     if data_class == "Text" and "architecture" in merged:
         override["model"] = {"init_args": {"max_new_tokens": 4}}
         if merged["architecture"]:
