@@ -33,6 +33,7 @@ class Network:
 
     def __init__(self):
         self.shapes, self.trained, self.learning, self.buffers = {}, [], [], []
+        self.normalized = []
         self.multiplications = 0
 
     def note(self, model):
@@ -44,6 +45,7 @@ class Network:
         # of BERT's answers the one for a whole text is not asked for
         self.learning = [name for name in self.trained if ".pooler." not in name]
         self.buffers = [buffer.nbytes for buffer in model.buffers()]
+        self.normalized = [m.num_features for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for layer in model.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 layer.register_forward_hook(self._count)
@@ -121,8 +123,14 @@ def check_traffic(trainer, network, traffic, strategy, devices):
         assert traffic["all-gather"]["sent"] == 2 * 2 * batches * others * network.number()
         assert traffic["reduce-scatter"]["sent"] == FLOAT * batches * others * network.number()
     else:
-        # the numbers that losses are divided by are summed too
-        assert 0 <= traffic["all-reduce"]["sent"] - 2 * FLOAT * others * network.number(network.learning) < 16
+        summed, gathered = network.number(network.learning), 0
+        if trainer.get("sync_batchnorm"):
+            # mean and deviation of each channel and a count are gathered, and two sums of gradients made
+            gathered = sum(2 * channels + 1 for channels in network.normalized) * (devices - 1)
+            summed += sum(2 * channels for channels in network.normalized)
+        assert traffic.get("all-gather", {"sent": 0})["sent"] == FLOAT * gathered
+        # the numbers that losses are divided by are summed too, and each sum is rounded
+        assert 0 <= traffic["all-reduce"]["sent"] - 2 * FLOAT * others * summed < 16
     assert all(exchanged["sent"] == exchanged["received"] for exchanged in traffic.values())
 
 

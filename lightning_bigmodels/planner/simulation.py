@@ -29,6 +29,7 @@ from lightning_bigmodels.planner.first_process import FirstProcess, without_gpus
 from lightning_bigmodels.planner.fusion import fuse
 from lightning_bigmodels.planner.refusals import check_setting
 from lightning_bigmodels.planner.setting import Setting
+from lightning_bigmodels.planner.synchronized import synchronized_as_on_cuda
 from lightning_bigmodels.planner.trace import StepTrace
 from lightning_bigmodels.planner.workspace import cpu_workspace
 from lightning_bigmodels.strategies.batch_norm import one_value_allowed
@@ -181,6 +182,7 @@ def simulate(
             stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False))
         if like_cuda:
             stack.enter_context(on_cuda())
+            stack.enter_context(synchronized_as_on_cuda())
         stack.enter_context(assume_detections(trace))
         if setting.sync_batchnorm and setting.world_size > 1:
             stack.enter_context(one_value_allowed())  # there are those of the other processes
@@ -230,6 +232,7 @@ def _trainer(setting: Setting, watch: Callback) -> Trainer:
         "strategy": "ddp" if setting.strategy == "auto" and setting.world_size > 1 else setting.strategy,
         "precision": setting.precision,
         "gradient_clip_val": setting.gradient_clip_val,
+        "sync_batchnorm": setting.sync_batchnorm and setting.world_size > 1,
         "max_epochs": -1,
         "max_steps": _LONG_RUN,
         "limit_val_batches": 0,

@@ -67,5 +67,11 @@ def repetitions(transfer: Transfer, setting: Setting) -> float:
     if transfer.phase == "update":
         return 1
     traced = min(2, batches)
-    # DistributedDataParallel sends with the last batch alone
-    return (1 if setting.strategy.startswith(("auto", "ddp")) else batches) / traced
+    # DistributedDataParallel sends with the last batch alone; for what a layer awaits none is left out
+    is_last = setting.strategy.startswith(("auto", "ddp")) and not is_awaited(transfer)
+    return (1 if is_last else batches) / traced
+
+
+def is_awaited(transfer: Transfer) -> bool:
+    """Whether a layer waits for it: these are torch's functional collectives, FSDP2's and DDP's are in place."""
+    return not transfer.name.endswith("_")

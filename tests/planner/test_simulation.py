@@ -18,6 +18,7 @@ from lightning_bigmodels.planner.course import course_of
 from lightning_bigmodels.planner.flags import setting_from_lines
 from lightning_bigmodels.planner.simulation import Setting, simulate
 from lightning_bigmodels.planner.trace import TO_DEVICE, TO_HOST, StepTrace
+from lightning_bigmodels.planner.traffic import Traffic, traffic_of
 from lightning_bigmodels.tasks import Task
 from tests.conftest import TINY_LLAMA
 from tests.workers import fit_on
@@ -181,6 +182,29 @@ def test_ddp_holds_and_sends_what_its_variant_does(strategy, held, sent):
     size = found.peak.held["gradients"]
     assert found.peak.held.get("communication", 0) == held * size
     assert sum(count * one.size for one, count in found.transfers.items()) == pytest.approx(sent * size, rel=0.05)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_batch_norm_over_all_processes_sends_with_every_batch(strategy):
+    model, data = classifier()
+    setting = Setting(strategy, devices=4, batch_size=ROWS, accumulate_grad_batches=6)
+    alone = simulate(model, data, setting, like_cuda=True)
+    found = simulate(model, data, dataclasses.replace(setting, sync_batchnorm=True), like_cuda=True)
+    model.configure_model()
+    channels = [layer.num_features for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    before, after = traffic_of(alone, setting), traffic_of(found, setting)
+    none = Traffic(0, 0, 0)
+    sent = {kind: after[kind].sent - before.get(kind, none).sent for kind in after}
+    calls = {kind: after[kind].calls - before.get(kind, none).calls for kind in after}
+    # of four processes each passes on three parts of what is gathered, and three quarters of a sum twice
+    expected = {
+        "all-gather": 3 * sum(2 * c + 1 for c in channels),
+        "all-reduce": 2 * 3 * sum(2 * c for c in channels) / 4,
+    }
+    for kind, numbers in expected.items():
+        assert calls[kind] == 6 * len(channels)
+        assert sent[kind] == 6 * 4 * numbers
+    assert found.peak.total == pytest.approx(alone.peak.total, rel=0.01)
 
 
 def test_layers_may_be_split_where_weights_are_offloaded():
