@@ -12,6 +12,7 @@ import torch
 
 from lightning_bigmodels.errors import InputError, near
 from lightning_bigmodels.peak_memory import GIB, available_host_memory
+from lightning_bigmodels.planner.cpu_rates import Rates, measure_rates
 
 _TABLE = Path(__file__).with_name("hardware.csv")
 _PEAKS = {
@@ -54,6 +55,7 @@ class Hardware:
         source: Where the numbers are from.
         host_bandwidth: Bytes per second in one direction, of one device to host memory.
         context: Bytes that a process takes before its first tensor: the driver's context and loaded kernels.
+        rates: What each operation reaches, where that was measured: on this CPU.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Hardware:
     source: str
     context: int = int(_TYPICAL["context_gib"] * GIB)
     host_bandwidth: float = _TYPICAL["host_gb_s"] * 1e9
+    rates: Rates | None = None
 
     def flops_of(self, dtype: torch.dtype | None) -> float:
         """Return the peak for products of a format; of a format that the device lacks, that of a wider one."""
@@ -188,7 +191,7 @@ def _number(text: str | None, column: str, place: str) -> float | None:
 
 @functools.cache
 def _this_machine() -> Hardware:
-    """Measure products and copies on all threads of this process, in about a second."""
+    """Measure products, copies and steps of small networks on all threads of this process, in about a second."""
     peaks = {dtype: _product_flops(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
     source = torch.ones(2**26, dtype=torch.uint8)  # larger than the caches of most processors
     target = torch.empty_like(source)
@@ -204,17 +207,19 @@ def _this_machine() -> Hardware:
         # processes of one machine copy into a socket and out of it: four passes over memory
         link_bandwidth=bandwidth / 4,
         network_bandwidth=1.25e9,
-        source="measured here: products of 1024 x 1024 matrices, copies of 64 MiB; 10 Gbit/s network assumed",
+        source="measured here: products of 1024 x 1024 matrices, copies of 64 MiB, operations of small networks; "
+        "10 Gbit/s network assumed",
+        rates=measure_rates(),
     )
 
 
 def _product_flops(dtype: torch.dtype) -> float:
-    """Return operations per second of square products: as large as take no more than a tenth of a second or so."""
+    """Return operations per second of square products: as large as take no more than some hundredths of a second."""
     size = 128
     while True:
         factor = torch.ones(size, size, dtype=dtype)
         seconds = _seconds(lambda factor=factor: factor @ factor)  # type: ignore[misc]
-        if size >= 1024 or seconds > 0.02:
+        if size >= 1024 or seconds > 0.005:
             return 2 * size**3 / seconds
         size *= 2
 

@@ -37,6 +37,8 @@ _LINK_EFFICIENCY = 0.75
 """Of the bandwidth in data sheets that rings of NCCL reach, an assumption after reports of nccl-tests."""
 _LATENCY_SECONDS = 2e-5
 """Of a collective within a node, an assumption."""
+_CACHES = 2**24
+"""Bytes that most CPUs' caches hold between two operations; measured rates are of fewer."""
 _NO_WORK = ("aten::empty", "aten::new_empty", "aten::resize_")
 
 
@@ -72,8 +74,9 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
     """Return how long a step takes that was traced.
 
     Every operation takes as long as its arithmetic or its traffic, whichever is longer, and no less than it takes to be
-    started. What data-parallel strategies send passes beside the computing of the same phase, but for one piece, the
-    first or the last; what tensor parallelism sends does not, since the next layer needs it.
+    started; on a CPU, what it takes to be started comes on top of what such operations were measured to take. What
+    data-parallel strategies send passes beside the computing of the same phase, but for one piece, the first or the
+    last; what tensor parallelism sends does not, since the next layer needs it.
 
     Args:
         trace: A step of the setting.
@@ -85,6 +88,8 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
     offloads = setting.offloads and hardware.name != "cpu"
     spent: dict[Bound, float] = dict.fromkeys((*_BOUNDS, "host memory") if offloads else _BOUNDS, 0.0)
     flops = model_flops = sending = 0.0
+    # a GPU is sent the next operations while it computes, a CPU is not
+    start = 0.0 if hardware.rates is None else hardware.rates.start
     for phase in _PHASES:
         repeats = 1.0
         if phase != "update":
@@ -99,7 +104,8 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
             else:
                 bound, seconds = _operation_time(operation, hardware, compiled, half)
             spent[bound] += seconds * count * repeats
-            busy += seconds * count * repeats
+            spent["kernel launches"] += start * count * repeats
+            busy += (seconds + start) * count * repeats
             flops += operation.flops * count * repeats
             if phase == "forward":
                 model_flops += 3.0 * operation.flops * count * repeats
@@ -121,8 +127,13 @@ def _operation_time(operation: Operation, hardware: Hardware, compiled: bool, ha
     elementwise = operation.flops == 0
     fused = compiled and elementwise and operation.phase != "update"
     dtype = torch.float16 if half and operation.dtype == torch.bfloat16 else operation.dtype
+    left = _FUSED_TRAFFIC if fused else 1.0
+    measured = None if hardware.rates is None else hardware.rates.seconds(operation._replace(dtype=dtype))
+    if measured is not None:
+        least = operation.traffic / hardware.memory_bandwidth if operation.traffic > _CACHES else 0.0
+        return "memory" if elementwise else "compute", max(measured, least) * left
     peak = _reached_flops(operation.name, dtype, hardware)
-    traffic = operation.traffic * _PASSES.get(operation.name, 1.0) * (_FUSED_TRAFFIC if fused else 1.0)
+    traffic = operation.traffic * _PASSES.get(operation.name, 1.0) * left
     times: dict[Bound, float] = {
         "compute": (operation.flops - operation.skipped) / peak,
         "memory": traffic / hardware.memory_bandwidth / _MEMORY_EFFICIENCY,

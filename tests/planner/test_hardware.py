@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_bigmodels.errors import InputError
-from lightning_bigmodels.planner.hardware import find_hardware, known_hardware
+from lightning_bigmodels.planner.hardware import _this_machine, find_hardware, known_hardware
 
 COLUMNS = "name,memory_gib,memory_gb_s,fp32_tflops,tf32_tflops,bf16_tflops,fp16_tflops,fp8_tflops,"
 COLUMNS += "product_efficiency,attention_efficiency,link_gb_s,network_gb_s,source\n"
@@ -34,11 +34,24 @@ def test_formats_that_a_device_lacks_are_computed_in_wider_ones():
 
 
 def test_this_machine_is_measured():
-    cpu = find_hardware("cpu")
+    random = torch.get_rng_state()
+    cpu = _this_machine.__wrapped__()
     assert 1e9 < cpu.peak_flops[torch.float32] < 1e14
     assert 1e8 < cpu.memory_bandwidth < 1e13
-    assert find_hardware("cpu") is cpu
+    assert find_hardware("cpu") is find_hardware("cpu")
     assert cpu.memory > 2**28
+    rates = cpu.rates
+    assert rates is not None
+    assert 1e-7 < rates.start < 1e-3
+    parts = "mm", "addmm", "bmm", "convolution", "convolution_backward"
+    for name in (f"aten::{part}" for part in parts):
+        for dtype in (torch.float32, torch.bfloat16):
+            places, heights = zip(*rates.arithmetic[name, dtype], strict=True)
+            assert list(places) == sorted(set(places))
+            assert all(23 < height < 50 for height in heights)
+    for name in ("_softmax", "native_batch_norm", "native_layer_norm", "gelu", "silu_backward", "sqrt"):
+        assert 1e7 < rates.traffic[f"aten::{name}", torch.float32] < 1e13
+    assert torch.equal(random, torch.get_rng_state())
 
 
 def test_a_user_adds_and_changes_rows(tmp_path):

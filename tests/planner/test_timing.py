@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_bigmodels.planner.cpu_rates import Rates
 from lightning_bigmodels.planner.hardware import Hardware
 from lightning_bigmodels.planner.simulation import Setting
 from lightning_bigmodels.planner.timing import estimate_time
@@ -81,6 +82,29 @@ def test_causal_attention_leaves_out_half_and_small_operations_wait_to_be_starte
 def test_batch_norm_reads_its_input_twice():
     norm = Operation("aten::native_batch_norm", "forward", 0, 8 * 10**10, torch.float32)
     assert estimate_time(traced((norm, 1)), Setting(), DEVICE).seconds == pytest.approx(0.15)
+
+
+def test_what_was_measured_on_a_cpu_stands_for_its_peaks():
+    products = [(0.0, 30.0), (2.0, 32.0), (4.0, 33.0)]
+    rates = Rates({("aten::mm", torch.float32): products}, {("aten::add.Tensor", torch.float32): 1e9}, start=0.01)
+    cpu = dataclasses.replace(DEVICE, name="cpu", rates=rates)
+
+    def seconds(name, flops, traffic, dtype=torch.float32, skipped=0):
+        operation = Operation(name, "forward", flops, traffic, dtype, skipped)
+        step = estimate_time(traced((operation, 1)), Setting(), cpu)
+        assert step.parts["kernel launches"] == 0.01
+        return step.seconds - 0.01
+
+    # by operations for each byte: as few as bytes allow, between two that were measured, and as many as there can be
+    assert seconds("aten::mm", 2**20, 2**21) == pytest.approx(2**20 / 2**29)
+    assert seconds("aten::mm", 2**23, 2**20) == pytest.approx(2**23 / 2**32.5)
+    assert seconds("aten::mm", 2**30, 2**20, skipped=2**29) == pytest.approx(2**29 / 2**33)
+    assert seconds("aten::add.Tensor", 0, 10**6) == pytest.approx(1e-3)
+    # more than caches hold takes as long as memory does, and what was not measured as long as anywhere
+    slow = dataclasses.replace(cpu, memory_bandwidth=1e8)
+    large = traced((Operation("aten::add.Tensor", "forward", 0, 10**8, torch.float32), 1))
+    assert estimate_time(large, Setting(), slow).seconds == pytest.approx(1.01)
+    assert seconds("aten::add.Tensor", 0, 8 * 10**9, torch.bfloat16) == pytest.approx(0.01)
 
 
 def test_accumulation_repeats_all_but_the_update():
