@@ -25,7 +25,7 @@ from lightning.pytorch import Callback
 from lightning_bigmodels.__main__ import main as bigmodels
 from lightning_bigmodels.callbacks import PlanCheck, WeightAverage
 from lightning_bigmodels.peak_memory import GIB
-from lightning_bigmodels.planner.calibration import FILE_NAME
+from lightning_bigmodels.planner.calibration import FILE_NAME, Machine
 from lightning_bigmodels.planner.simulation import _Batches
 from lightning_bigmodels.recipe_files import list_recipes
 from lightning_bigmodels.trainer import Trainer
@@ -179,9 +179,8 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
     measured = next((row for row in rows if "of" in row), None)
     if measured is None:
         return
-    machine = measured["of"]["machine"]
-    threads = "" if machine["threads"] is None else f" with {machine['threads']} threads"
-    print(f"\n{machine['device']}{threads}, torch {machine['torch']}")
+    machine = Machine(**measured["of"]["machine"])
+    print(f"\n{machine}, torch {machine.torch}")
     for name, what in (("gib", "memory"), ("step_seconds", "time")):
         for bounds, kind in ((False, ""), (True, ", upper bounds")):
             of_kind = [row for row in rows if bool(row.get("assumptions")) == bounds]
