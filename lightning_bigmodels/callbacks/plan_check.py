@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_bigmodels.callbacks.report import run_folder
+from lightning_bigmodels.callbacks.weight_average import WeightAverage
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.peak_memory import GIB, Memory, memory_of
 
@@ -238,11 +240,16 @@ class PlanCheck(Callback):
 
 
 def _held_bytes(trainer: Trainer, module: LightningModule) -> int:
-    """Return the bytes of weights, buffers and optimizer state, which stay."""
+    """Return the bytes of weights, buffers, optimizer state and an average of the weights, which stay."""
     state = [
         value for optimizer in trainer.optimizers for values in optimizer.state.values() for value in values.values()
     ]
     tensors = [*module.parameters(), *module.buffers(), *(value for value in state if isinstance(value, torch.Tensor))]
+    for callback in vars(trainer)["callbacks"]:
+        if isinstance(callback, WeightAverage):
+            tensors += callback.copies
+        elif isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            tensors += [*callback._average_model.parameters(), *callback._average_model.buffers()]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -69,6 +69,11 @@ class WeightAverage(Callback):
         self._num_steps = 0
         self._num_updates = 0
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """The tensors that are kept beside the weights."""
+        return list(self._copies.values())
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":

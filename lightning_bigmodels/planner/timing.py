@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from lightning.fabric.utilities.data import _num_cpus_available
 
 from lightning_bigmodels.planner.flags import tensor_parallel_size
 from lightning_bigmodels.planner.hardware import Hardware
 from lightning_bigmodels.planner.host import copying_time, updating_time
 from lightning_bigmodels.planner.simulation import Setting
 from lightning_bigmodels.planner.trace import Operation, Phase, StepTrace, Transfer
-from lightning_bigmodels.planner.traffic import repetitions
+from lightning_bigmodels.planner.traffic import is_awaited, repetitions
 
 Bound = Literal["compute", "memory", "network", "kernel launches", "host memory"]
 
@@ -88,6 +89,8 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
     offloads = setting.offloads and hardware.name != "cpu"
     spent: dict[Bound, float] = dict.fromkeys((*_BOUNDS, "host memory") if offloads else _BOUNDS, 0.0)
     flops = model_flops = sending = 0.0
+    peak = hardware.flops_of(_precision_dtype(setting.precision))
+    slower = _sharing(setting, hardware)
     # a GPU is sent the next operations while it computes, a CPU is not
     start = 0.0 if hardware.rates is None else hardware.rates.start
     for phase in _PHASES:
@@ -103,6 +106,9 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
                 seconds = updating_time(operation)
             else:
                 bound, seconds = _operation_time(operation, hardware, compiled, half)
+                seconds *= slower
+            if operation.flops:
+                peak = max(peak, _peak_flops(operation.name, _real_dtype(operation, half), hardware))
             spent[bound] += seconds * count * repeats
             spent["kernel launches"] += start * count * repeats
             busy += (seconds + start) * count * repeats
@@ -116,7 +122,6 @@ def estimate_time(trace: StepTrace, setting: Setting, hardware: Hardware, compil
             beside_too, awaited, piece = copying_time(trace, phase, setting, hardware)
             spent["host memory"] += awaited + max(piece, beside_too - max(busy, beside))
     total = sum(spent.values())
-    peak = hardware.flops_of(_precision_dtype(setting.precision))
     return StepTime(total, spent, sending, flops, model_flops, model_flops / (total * peak) if total else 0.0)
 
 
@@ -126,7 +131,7 @@ def _operation_time(operation: Operation, hardware: Hardware, compiled: bool, ha
         return "kernel launches", 0.0
     elementwise = operation.flops == 0
     fused = compiled and elementwise and operation.phase != "update"
-    dtype = torch.float16 if half and operation.dtype == torch.bfloat16 else operation.dtype
+    dtype = _real_dtype(operation, half)
     left = _FUSED_TRAFFIC if fused else 1.0
     measured = None if hardware.rates is None else hardware.rates.seconds(operation._replace(dtype=dtype))
     if measured is not None:
@@ -145,15 +150,22 @@ def _operation_time(operation: Operation, hardware: Hardware, compiled: bool, ha
 
 def _reached_flops(name: str, dtype: torch.dtype | None, hardware: Hardware) -> float:
     """Return the operations per second of a product, convolution or attention, as long as memory keeps up."""
-    if dtype == torch.float32 and _in_tf32(name) and hardware.tf32_flops > hardware.flops_of(dtype):
-        peak = hardware.tf32_flops
-    else:
-        peak = hardware.flops_of(dtype)
-        if peak == hardware.flops_of(torch.float32) and hardware.name != "cpu":
-            return peak * _PLAIN_FLOAT32
+    peak = _peak_flops(name, dtype, hardware)
+    if peak == hardware.flops_of(torch.float32) and hardware.name != "cpu":
+        return peak * _PLAIN_FLOAT32
     if "attention" in name:
         return peak * hardware.attention_efficiency
     return peak * hardware.product_efficiency * (_CONVOLUTIONS if "convolution" in name else 1.0)
+
+
+def _peak_flops(name: str, dtype: torch.dtype | None, hardware: Hardware) -> float:
+    """Return the peak for the format that a product is computed in."""
+    flops = hardware.flops_of(dtype)
+    return max(flops, hardware.tf32_flops) if dtype == torch.float32 and _in_tf32(name) else flops
+
+
+def _real_dtype(operation: Operation, half: bool) -> torch.dtype | None:
+    return torch.float16 if half and operation.dtype == torch.bfloat16 else operation.dtype
 
 
 def _in_tf32(name: str) -> bool:
@@ -161,6 +173,13 @@ def _in_tf32(name: str) -> bool:
     if "convolution" in name:
         return torch.backends.cudnn.allow_tf32
     return torch.get_float32_matmul_precision() != "highest"
+
+
+def _sharing(setting: Setting, hardware: Hardware) -> float:
+    """Return how many times as long operations take where the processes of a machine have its processors in common."""
+    if hardware.name != "cpu":
+        return 1.0
+    return max(1.0, setting.devices * torch.get_num_threads() / _num_cpus_available())
 
 
 def _sending_time(trace: StepTrace, phase: Phase, setting: Setting, hardware: Hardware) -> tuple[float, float, float]:
@@ -171,17 +190,12 @@ def _sending_time(trace: StepTrace, phase: Phase, setting: Setting, hardware: Ha
             continue
         seconds = _transfer_time(transfer, setting, hardware)
         all_of_them = seconds * count * repetitions(transfer, setting)
-        if _is_tensor_parallel(transfer):
+        if is_awaited(transfer):
             between += all_of_them
         else:
             piece = max(piece, seconds)
             beside += all_of_them
     return beside, between, piece
-
-
-def _is_tensor_parallel(transfer: Transfer) -> bool:
-    """Whether a layer waits for it: these are torch's functional collectives, FSDP2's and DDP's are in place."""
-    return not transfer.name.endswith("_")
 
 
 def _transfer_time(transfer: Transfer, setting: Setting, hardware: Hardware) -> float:
@@ -192,7 +206,7 @@ def _transfer_time(transfer: Transfer, setting: Setting, hardware: Hardware) -> 
     processes = transfer.processes
     tensor_parallel = tensor_parallel_size(setting)
     members = setting.devices if processes == setting.world_size else setting.devices // tensor_parallel
-    if _is_tensor_parallel(transfer) and processes == tensor_parallel:
+    if is_awaited(transfer) and processes == tensor_parallel:
         members = min(tensor_parallel, setting.devices)
     members = max(1, min(members, processes))
     bandwidth = hardware.link_bandwidth

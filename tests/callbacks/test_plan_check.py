@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_bigmodels import ImageClassifier, Images
-from lightning_bigmodels.callbacks import PlanCheck, plan_check
+from lightning_bigmodels.callbacks import PlanCheck, WeightAverage, plan_check
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner import hardware
 from lightning_bigmodels.planner.calibration import machine_of, read_calibration
@@ -36,13 +37,13 @@ def parts():
 VALIDATED = {"limit_train_batches": 4, "max_epochs": -1, "limit_val_batches": 1}
 
 
-def fit(folder, logger=False, **options):
+def fit(folder, logger=False, average=None, **options):
     lines = {name: options.pop(name) for name in ("devices", "strategy") if name in options}
     seed_everything(3)
     check = PlanCheck(**options)
     trainer = Trainer(
         **{**QUIET, **VALIDATED, **lines, "max_steps": 14, "logger": logger, "default_root_dir": folder},
-        callbacks=[check],
+        callbacks=[check] if average is None else [average, check],
     )
     model, data = parts()
     check.plan(trainer, model, data)
@@ -66,7 +67,8 @@ def told(monkeypatch):
 
 
 def test_the_first_steps_are_compared_with_the_plan_and_nothing_else_changes(tmp_path):
-    weights, plain = fit(tmp_path, when="always"), fit(tmp_path / "plain", when="gpu")
+    weights = fit(tmp_path, average=WeightAverage(), when="always")
+    plain = fit(tmp_path / "plain", average=WeightAverage(), when="gpu")
     assert all(torch.equal(value, plain[key]) for key, value in weights.items())
     told = json.loads((tmp_path / "plan_check.json").read_text())
     assert told["planned"]["step_seconds"] > 0 < told["real"]["step_seconds"]
@@ -74,8 +76,16 @@ def test_the_first_steps_are_compared_with_the_plan_and_nothing_else_changes(tmp
     assert not (tmp_path / "plain" / "plan_check.json").exists()
     found = read_calibration(str(tmp_path), "cpu")
     assert found.model == "ImageClassifier"
-    assert found.setting == Setting(batch_size=ROWS)
+    assert found.setting == Setting(batch_size=ROWS, averages_weights=True)
     assert found.machine == machine_of(torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_an_average_of_lightning_s_is_memory_too(tmp_path, quick):
+    fit(tmp_path, average=WeightAveraging(use_buffers=False), when="always")
+    told = json.loads((tmp_path / "plan_check.json").read_text())
+    assert told["of"]["setting"]["averages_weights"]
+    assert told["real"]["gib"] == pytest.approx(told["planned"]["gib"], rel=0.02)
 
 
 def test_the_first_of_several_processes_plans_and_tells(tmp_path, quick):

@@ -60,7 +60,20 @@ def test_float32_is_exact_but_for_convolutions():
     matrices = traced((product("forward", torch.float32), 1))
     assert estimate_time(matrices, Setting(), DEVICE).seconds == pytest.approx(1 / 0.75)
     filters = traced((product("forward", torch.float32)._replace(name="aten::convolution"), 1))
-    assert estimate_time(filters, Setting(), DEVICE).seconds == pytest.approx(0.4 / 0.9)
+    step = estimate_time(filters, Setting(), DEVICE)
+    assert step.seconds == pytest.approx(0.4 / 0.9)
+    # by the highest peak that is made use of, that of TF32
+    assert step.mfu == pytest.approx(3 * 0.5 * 0.9)
+
+
+def test_processes_on_cpus_have_them_in_common(monkeypatch):
+    trace, cpu = traced((product("forward"), 1)), dataclasses.replace(DEVICE, name="cpu")
+    monkeypatch.setattr("lightning_bigmodels.planner.timing._num_cpus_available", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    seconds = [
+        estimate_time(trace, Setting("ddp", "bf16-mixed", devices), cpu).parts["compute"] for devices in (1, 2, 8)
+    ]
+    assert seconds == pytest.approx([0.2, 0.2, 0.8])
 
 
 def test_half_precision_is_traced_in_bfloat16():
