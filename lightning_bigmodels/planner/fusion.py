@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
 from lightning_bigmodels.planner.flops import ATTENTION
+from lightning_bigmodels.planner.shortcuts import Uncompiled
 from lightning_bigmodels.planner.tensors import storages, tensors_in
 from lightning_bigmodels.tasks import Task
 
@@ -57,7 +57,7 @@ class _Saved:
         self.tensor, self.sources = None, sources
 
 
-class _Fusion(TorchDispatchMode):
+class _Fusion(Uncompiled):
     """Keeps what products, convolutions and attention read and write; all between them is computed anew.
 
     That is what the min-cut partitioner of torch's AOTAutograd keeps of a block of Llama, tensor for tensor: fused

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 from lightning_bigmodels.planner.recall import alike, fresh
 
@@ -22,6 +24,15 @@ _ELEMENTWISE = {
     *(aten._foreach_addcdiv, aten._foreach_addcdiv_, aten._foreach_lerp, aten._foreach_lerp_, aten._foreach_sqrt),
     *(aten._foreach_sqrt_, aten._foreach_neg, aten._foreach_neg_, aten._foreach_maximum, aten._foreach_maximum_),
 }
+
+
+class Uncompiled(TorchDispatchMode):
+    """A mode in which nothing is compiled: torch would keep its compiler away from each operation anew (2.14)."""
+
+    @classmethod
+    @override
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def result_of(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hangs_on_shapes: bool) -> Any:

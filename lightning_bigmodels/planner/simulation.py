@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
@@ -321,11 +322,20 @@ def _set_up_without_memory(
         strategy.block_backward_sync = nullcontext  # type: ignore[method-assign,assignment]
 
 
+def _emptied(tensor: torch.Tensor) -> torch.Tensor:
+    """Return one like a tensor on the meta device, which torch would first turn into one without memory (2.14)."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    if type(local) not in (torch.Tensor, torch.nn.Parameter) or not local.is_contiguous():
+        return torch.empty_like(tensor, device="cpu")
+    made = torch.empty(local.shape, dtype=local.dtype, device="cpu")
+    return DTensor(made, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else made
+
+
 def _fill(module: LightningModule) -> None:
     """Move a network from the meta device, and leave tensors that several of its layers share in common."""
     places = [(layer._parameters, name, p) for layer in module.modules() for name, p in layer._parameters.items()]
     owners = {id(p): (owner, name) for owner, name, p in reversed(places)}
-    module.to_empty(device="cpu")
+    module._apply(_emptied)
     for owner, name, p in places:
         first, first_name = owners[id(p)]
         owner[name] = first[first_name]

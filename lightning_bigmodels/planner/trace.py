@@ -16,13 +16,12 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import Self, override
 
 from lightning_bigmodels.planner.assumptions import assume, carry_on
 from lightning_bigmodels.planner.flops import count_flops, count_skipped
 from lightning_bigmodels.planner.recall import Pattern, describe, pattern_before, pattern_of
-from lightning_bigmodels.planner.shortcuts import result_of, run_shards
+from lightning_bigmodels.planner.shortcuts import Uncompiled, result_of, run_shards
 from lightning_bigmodels.planner.tensors import group_size, storages, tensors_in
 from lightning_bigmodels.planner.time_limit import check_time
 
@@ -128,7 +127,7 @@ class _Known(NamedTuple):
 _KNOWN: defaultdict[Any, dict[tuple[Any, ...], _Known | None]] = defaultdict(dict)
 
 
-class StepTrace(TorchDispatchMode):
+class StepTrace(Uncompiled):
     """Follows operations and the storages that they make, as long as it is entered.
 
     Nothing is counted twice: a view has the storage of what it shows, a DTensor that of its own shard. What extensions
