@@ -27,7 +27,7 @@ from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner.flags import setting_from_lines
 from lightning_bigmodels.planner.hardware import Hardware, find_hardware
 from lightning_bigmodels.planner.plan import Plan, make_plan
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.trainer import Trainer
 
 _COMPARABLE = 1.5

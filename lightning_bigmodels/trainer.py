@@ -19,7 +19,7 @@ from lightning_bigmodels.export import export, unsupported
 from lightning_bigmodels.exportable import Format
 from lightning_bigmodels.planner import verb
 from lightning_bigmodels.planner.flags import setting_of
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.strategies.checkpoint_io import read_sharded
 from lightning_bigmodels.strategies.sharded_checkpoint import ShardedCheckpoints
 

@@ -39,6 +39,11 @@ class PixelNetwork(nn.Module):
         return self.body(self.normalize(images))
 
 
+def as_weights(x: Tensor, network: nn.Module) -> Tensor:
+    """Return a network's input in the precision of its weights; noise and latents are of float32 whatever that is."""
+    return x.to(next(network.parameters()).dtype)
+
+
 def statistics(
     channels: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -12,8 +12,8 @@ _LEAST_COMPRESSION = 2
 """PowerSGD's own: how many times fewer numbers a matrix's factors must have than the matrix."""
 
 
-def keep_buckets(strategy: DDPStrategy, trace: StepTrace) -> None:
-    """Hold and send what DistributedDataParallel does.
+def keep_buckets(strategy: DDPStrategy, trace: StepTrace) -> list[Tensor]:
+    """Return what DistributedDataParallel holds, and have the backward pass send what it sends.
 
     It holds each gradient once more, in buckets that are summed over the processes as they fill up. PowerSGD is taken
     as it is once it compresses, and holds what it has not sent besides.
@@ -27,14 +27,17 @@ def keep_buckets(strategy: DDPStrategy, trace: StepTrace) -> None:
     compression = strategy.compression if isinstance(strategy, CompressedDDPStrategy) else None
     if compression == "powersgd":
         held += [torch.empty_like(parameter) for parameter in parameters]
-    strategy._simulated_buckets = held  # type: ignore[attr-defined]
     trace.note(held, "communication")
     bucket: list[Tensor] = []
+    filled = 0
 
     def fill(parameter: Tensor) -> None:
+        nonlocal filled
         bucket.append(parameter)
-        if sum(member.nbytes for member in bucket) < _BUCKET_BYTES and parameter is not parameters[0]:
+        filled += parameter.nbytes
+        if filled < _BUCKET_BYTES and parameter is not parameters[0]:
             return
+        filled = 0
         for size in _sent(strategy, bucket):
             trace.transfers[Transfer("allreduce_", "backward", size, strategy.world_size)] += 1
         if compression is not None:
@@ -45,6 +48,7 @@ def keep_buckets(strategy: DDPStrategy, trace: StepTrace) -> None:
 
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(fill)
+    return held
 
 
 def _sent(strategy: DDPStrategy, bucket: list[Tensor]) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lightning_bigmodels.errors import InputError
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 
 FILE_NAME = "plan_check.json"
 _HOW = (

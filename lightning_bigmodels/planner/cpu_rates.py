@@ -202,12 +202,18 @@ def _start_seconds() -> float:
     network = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU()) for _ in range(8)))
     x = torch.rand(4, 4)
     step = _step(network, lambda net: net(x).mean(), half=False)
-    step()
+    seconds = least_seconds(step, runs=5)
     with StepTrace() as trace:
         step()
+    return seconds / sum(trace.operations.values())
+
+
+def least_seconds(work: Callable[[], object], runs: int = 3) -> float:
+    """Return the least time of some runs after one that warms up."""
+    work()
     times = []
-    for _ in range(5):
+    for _ in range(runs):
         start = time.perf_counter()
-        step()
+        work()
         times.append(time.perf_counter() - start)
-    return min(times) / sum(trace.operations.values())
+    return min(times)

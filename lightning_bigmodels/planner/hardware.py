@@ -3,8 +3,6 @@
 import csv
 import functools
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 
 from lightning_bigmodels.errors import InputError, near
 from lightning_bigmodels.peak_memory import GIB, available_host_memory
-from lightning_bigmodels.planner.cpu_rates import Rates, measure_rates
+from lightning_bigmodels.planner.cpu_rates import Rates, least_seconds, measure_rates
 
 _TABLE = Path(__file__).with_name("hardware.csv")
 _PEAKS = {
@@ -195,7 +193,7 @@ def _this_machine() -> Hardware:
     peaks = {dtype: _product_flops(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
     source = torch.ones(2**26, dtype=torch.uint8)  # larger than the caches of most processors
     target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
+    bandwidth = 2 * source.nbytes / least_seconds(lambda: target.copy_(source))
     return Hardware(
         name="cpu",
         memory=available_host_memory(),
@@ -218,18 +216,7 @@ def _product_flops(dtype: torch.dtype) -> float:
     size = 128
     while True:
         factor = torch.ones(size, size, dtype=dtype)
-        seconds = _seconds(lambda factor=factor: factor @ factor)  # type: ignore[misc]
+        seconds = least_seconds(lambda factor=factor: factor @ factor)  # type: ignore[misc]
         if size >= 1024 or seconds > 0.005:
             return 2 * size**3 / seconds
         size *= 2
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """Return the least time of three runs after one that warms up."""
-    work()
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)

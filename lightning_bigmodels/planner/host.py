@@ -1,7 +1,7 @@
 """The time that weights and an optimizer in host memory take: copies to the device and back, and the CPU's update."""
 
 from lightning_bigmodels.planner.hardware import Hardware
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.planner.trace import TO_DEVICE, TO_HOST, Operation, Phase, StepTrace
 from lightning_bigmodels.planner.traffic import repetitions
 

@@ -19,7 +19,8 @@ from lightning_bigmodels.planner.course import course_of
 from lightning_bigmodels.planner.flags import replicas
 from lightning_bigmodels.planner.hardware import Hardware
 from lightning_bigmodels.planner.room import Room, estimate_room
-from lightning_bigmodels.planner.simulation import Setting, simulate
+from lightning_bigmodels.planner.setting import Setting
+from lightning_bigmodels.planner.simulation import simulate
 from lightning_bigmodels.planner.timing import StepTime, estimate_time
 from lightning_bigmodels.planner.trace import Kind, Moment
 from lightning_bigmodels.planner.traffic import Traffic, traffic_of

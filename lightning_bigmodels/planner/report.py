@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from lightning_bigmodels.peak_memory import GIB
 from lightning_bigmodels.planner.plan import Length, Plan, kinds_of
 from lightning_bigmodels.planner.search import Trial
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.planner.trace import Kind
 
 MIB = 2**20

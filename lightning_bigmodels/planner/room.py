@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from lightning_bigmodels.peak_memory import GIB
 from lightning_bigmodels.planner.allocator import reserved_bytes
 from lightning_bigmodels.planner.hardware import Hardware
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.planner.trace import StepTrace
 
 _WORKSPACE = 2**26

@@ -8,7 +8,7 @@ from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner.eight_bit import SAVED, arguments_8bit
 from lightning_bigmodels.planner.flags import changed_flags, replicas
 from lightning_bigmodels.planner.plan import Plan
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.planner.trace import Kind
 
 _ENOUGH = 2

@@ -37,8 +37,6 @@ from lightning_bigmodels.strategies.batch_norm import one_value_allowed
 from lightning_bigmodels.strategies.precision import with_true_precision
 from lightning_bigmodels.tasks import Task
 
-__all__ = ["Setting", "simulate"]
-
 _LONG_RUN = 10**6
 """What a schedule is laid over, whose warmup may be longer than what is simulated."""
 _NO_THREAD = -1
@@ -317,7 +315,8 @@ def _set_up_without_memory(
     # they were built in their dtype
     strategy.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
     if isinstance(strategy, DDPStrategy):
-        strategy.configure_ddp = lambda: keep_buckets(strategy, trace)  # type: ignore[method-assign]
+        # held until the steps have been run
+        strategy.configure_ddp = lambda: stack.callback(keep_buckets(strategy, trace).clear)  # type: ignore[method-assign,assignment]
         strategy.pre_backward = nothing  # type: ignore[method-assign,assignment]
         strategy.block_backward_sync = nullcontext  # type: ignore[method-assign,assignment]
 

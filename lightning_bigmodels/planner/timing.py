@@ -9,7 +9,7 @@ from lightning.fabric.utilities.data import _num_cpus_available
 from lightning_bigmodels.planner.flags import tensor_parallel_size
 from lightning_bigmodels.planner.hardware import Hardware
 from lightning_bigmodels.planner.host import copying_time, updating_time
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.planner.trace import Operation, Phase, StepTrace, Transfer
 from lightning_bigmodels.planner.traffic import is_awaited, repetitions
 

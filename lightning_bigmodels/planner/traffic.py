@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.planner.trace import TO_DEVICE, TO_HOST, StepTrace, Transfer
 
 _KINDS = {

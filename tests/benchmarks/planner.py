@@ -22,7 +22,8 @@ from published import Published, Tokens
 from lightning_bigmodels import ImageClassifier, Images
 from lightning_bigmodels.planner.hardware import Hardware, find_hardware
 from lightning_bigmodels.planner.room import Room, estimate_room
-from lightning_bigmodels.planner.simulation import Setting, simulate
+from lightning_bigmodels.planner.setting import Setting
+from lightning_bigmodels.planner.simulation import simulate
 from lightning_bigmodels.planner.timing import StepTime, estimate_time
 
 FOLDER = Path(__file__).parent

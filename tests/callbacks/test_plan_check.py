@@ -20,7 +20,7 @@ from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner import hardware
 from lightning_bigmodels.planner.calibration import machine_of, read_calibration
 from lightning_bigmodels.planner.plan import make_plan
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.planner.time_limit import TimeLimitError, check_time, time_limit
 from tests.conftest import QUIET
 from tests.planner.made import made_plan

@@ -5,7 +5,7 @@ from dataclasses import replace
 from lightning_bigmodels.planner.hardware import find_hardware
 from lightning_bigmodels.planner.plan import Plan
 from lightning_bigmodels.planner.room import Room
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.planner.timing import StepTime
 from lightning_bigmodels.planner.trace import Moment
 from lightning_bigmodels.planner.traffic import Traffic

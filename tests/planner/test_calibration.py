@@ -14,7 +14,7 @@ from lightning_bigmodels.planner import calibration as calibration_module
 from lightning_bigmodels.planner import verb
 from lightning_bigmodels.planner.calibration import FILE_NAME, Machine, machine_of, read_calibration, write_measurement
 from lightning_bigmodels.planner.report import report
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.trainer import Trainer
 from tests.conftest import TINY_LLAMA
 from tests.planner.made import GIB, made_plan

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_bigmodels import CausalLanguageModel, Text
 from lightning_bigmodels.planner.corrections import on_cuda, use_cuda_defaults
-from lightning_bigmodels.planner.simulation import Setting, simulate
+from lightning_bigmodels.planner.setting import Setting
+from lightning_bigmodels.planner.simulation import simulate
 from lightning_bigmodels.planner.trace import StepTrace
 
 ROWS, WIDTH = 256, 512

@@ -17,7 +17,8 @@ from lightning_bigmodels.optim import AdamW8bit, MuonWithAdamW
 from lightning_bigmodels.planner.eight_bit import arguments_8bit
 from lightning_bigmodels.planner.flags import changed_flags
 from lightning_bigmodels.planner.search import find_changes
-from lightning_bigmodels.planner.simulation import Setting, simulate
+from lightning_bigmodels.planner.setting import Setting
+from lightning_bigmodels.planner.simulation import simulate
 from tests.conftest import TINY_LLAMA
 from tests.planner.made import GIB, made_plan
 

@@ -8,7 +8,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning_bigmodels import CausalLanguageModel, Text
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner.flags import changed_flags, replicas, setting_from_lines, setting_of
-from lightning_bigmodels.planner.simulation import Setting, simulate
+from lightning_bigmodels.planner.setting import Setting
+from lightning_bigmodels.planner.simulation import simulate
 from lightning_bigmodels.strategies import CompressedDDPStrategy, FSDP2Strategy
 from tests.toys import ToyData
 

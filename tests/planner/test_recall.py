@@ -5,7 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_bigmodels.planner import trace as tracing
-from lightning_bigmodels.planner.simulation import Setting, simulate
+from lightning_bigmodels.planner.setting import Setting
+from lightning_bigmodels.planner.simulation import simulate
 from lightning_bigmodels.planner.trace import StepTrace
 from tests.planner.test_simulation import ROWS, language_model
 

@@ -13,7 +13,7 @@ from lightning_bigmodels.planner.course import course_of
 from lightning_bigmodels.planner.picture import COLOURS, check_output, write_pictures
 from lightning_bigmodels.planner.report import report, verdict
 from lightning_bigmodels.planner.search import Trial
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.planner.trace import Change, Moment, StepTrace, Transfer
 from lightning_bigmodels.planner.traffic import Traffic, traffic_of
 from tests.planner.made import GIB, made_plan

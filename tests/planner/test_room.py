@@ -8,7 +8,7 @@ import pytest
 from lightning_bigmodels.planner.allocator import reserved_bytes
 from lightning_bigmodels.planner.hardware import find_hardware
 from lightning_bigmodels.planner.room import Room, estimate_room
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.planner.trace import Change, Moment
 
 MIB = 2**20

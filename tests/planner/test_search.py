@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner.search import find_changes
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from tests.planner.made import GIB, made_plan
 
 

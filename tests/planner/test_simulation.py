@@ -16,7 +16,8 @@ from lightning_bigmodels.batch_size import find_batch_size
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner.course import course_of
 from lightning_bigmodels.planner.flags import setting_from_lines
-from lightning_bigmodels.planner.simulation import Setting, simulate
+from lightning_bigmodels.planner.setting import Setting
+from lightning_bigmodels.planner.simulation import simulate
 from lightning_bigmodels.planner.trace import TO_DEVICE, TO_HOST, StepTrace
 from lightning_bigmodels.planner.traffic import Traffic, traffic_of
 from lightning_bigmodels.tasks import Task

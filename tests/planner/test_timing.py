@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_bigmodels.planner.cpu_rates import Rates
 from lightning_bigmodels.planner.hardware import Hardware
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.planner.timing import estimate_time
 from lightning_bigmodels.planner.trace import TO_DEVICE, TO_HOST, Operation, StepTrace, Transfer
 from lightning_bigmodels.planner.traffic import Traffic, traffic_of

@@ -15,7 +15,7 @@ from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner import verb
 from lightning_bigmodels.planner.hardware import find_hardware
 from lightning_bigmodels.planner.plan import make_plan
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.tasks import Task
 from lightning_bigmodels.trainer import Trainer
 from tests.conftest import TINY_LLAMA

@@ -13,7 +13,7 @@ from lightning_bigmodels.batch_size import find_batch_size
 from lightning_bigmodels.errors import InputError
 from lightning_bigmodels.planner.hardware import find_hardware
 from lightning_bigmodels.planner.plan import make_plan
-from lightning_bigmodels.planner.simulation import Setting
+from lightning_bigmodels.planner.setting import Setting
 from lightning_bigmodels.strategies.batch_norm import SynchronizedBatchNorm, SynchronizedLayers, one_value_allowed
 from lightning_bigmodels.tasks import Task
 from tests.workers import fit_on, run_on

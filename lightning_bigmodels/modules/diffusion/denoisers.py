@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_bigmodels.errors import InputError, near, require
 from lightning_bigmodels.modules.diffusion.attention import attend_by_hand
+from lightning_bigmodels.networks.pixels import as_weights
 
 ARCHITECTURES = {"UNet2DModel": "unet", "DiTTransformer2DModel": "transformer"}
 """For each class of diffusers the folder that it has in a pipeline. `TextToImage` is for those that want texts."""
@@ -126,9 +127,7 @@ def denoise(network: nn.Module, noisy: Tensor, times: Tensor, labels: Tensor | N
     """
     if labels is None and hasattr(network, "transformer_blocks"):  # a DiT, which is always told a class
         labels = torch.zeros(len(noisy), dtype=torch.int64, device=noisy.device)
-    # weights of 16 bits take examples of 16 bits
-    noisy = noisy.to(next(network.parameters()).dtype)
-    made: Tensor = network(noisy, timestep=times, class_labels=labels, return_dict=False)[0]
+    made: Tensor = network(as_weights(noisy, network), timestep=times, class_labels=labels, return_dict=False)[0]
     # a DiT of the paper says variances too
     return made[:, : noisy.shape[1]]
 

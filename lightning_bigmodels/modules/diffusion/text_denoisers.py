@@ -16,6 +16,7 @@ from lightning_bigmodels.errors import InputError, near, require
 from lightning_bigmodels.modules.diffusion.attention import attend_by_hand
 from lightning_bigmodels.modules.diffusion.denoisers import blocks_of
 from lightning_bigmodels.modules.diffusion.text_encoders import encoder_blocks
+from lightning_bigmodels.networks.pixels import as_weights
 
 ARCHITECTURES = {"UNet2DConditionModel": "unet", "PixArtTransformer2DModel": "transformer"}
 """For each class of diffusers the folder that it has in a pipeline."""
@@ -96,7 +97,7 @@ class TextPictureNetwork(nn.Module):
             return self.text_encoder(input_ids=ids, **told)[0]
 
     def _denoise(self, noisy: Tensor, times: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-        noisy = _as_weights(noisy, self.denoiser)
+        noisy = as_weights(noisy, self.denoiser)
         if self.channels_last:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
         told: dict[str, Any] = {"encoder_attention_mask": mask} if self._masks else {}
@@ -118,11 +119,6 @@ class TextPictureNetwork(nn.Module):
         return [*layers, *encoder_blocks(self.text_encoder)]
 
 
-def _as_weights(x: Tensor, network: nn.Module) -> Tensor:
-    """Return a network's input in the precision of its weights; noise and latents are of float32 whatever that is."""
-    return x.to(next(network.parameters()).dtype)
-
-
 def moments(autoencoder: nn.Module, pixels: Tensor) -> Tensor:
     """Return mean and logarithm of the variance of the latents (B, 2 C, h, w) of pixels (B, 3, H, W) in [-1, 1].
 
@@ -130,7 +126,7 @@ def moments(autoencoder: nn.Module, pixels: Tensor) -> Tensor:
     """
     vae: Any = autoencoder
     with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-        return vae.encode(_as_weights(pixels, vae)).latent_dist.parameters.half().float()
+        return vae.encode(as_weights(pixels, vae)).latent_dist.parameters.half().float()
 
 
 def draw_latents(moments: Tensor, noise: Tensor, scale: float, shift: float) -> Tensor:
@@ -148,7 +144,7 @@ def _decode(autoencoder: nn.Module, latents: Tensor) -> Tensor:
     vae: Any = autoencoder
     scale, shift = scaling(vae)
     with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
-        return vae.decode(_as_weights(latents / scale + shift, vae), return_dict=False)[0]
+        return vae.decode(as_weights(latents / scale + shift, vae), return_dict=False)[0]
 
 
 def scaling(autoencoder: nn.Module) -> tuple[float, float]:

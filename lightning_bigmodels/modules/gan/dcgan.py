@@ -21,6 +21,7 @@ from lightning_bigmodels.networks.gan import (
     is_possible_size,
     next_size,
 )
+from lightning_bigmodels.networks.pixels import as_weights
 from lightning_bigmodels.optim import ScheduleCallable
 from lightning_bigmodels.tasks.picture_generation import PictureGeneration
 from lightning_bigmodels.tasks.sample_noise import SampleNoise
@@ -255,13 +256,13 @@ class GAN(Alternation, PictureGeneration):
 
     def _make(self, noise: SampleNoise, labels: Tensor | None) -> Tensor:
         assert self.network is not None
-        return self.network(_as_weights(noise.normal(self.latent_dim), self.network), labels)
+        return self.network(as_weights(noise.normal(self.latent_dim), self.network), labels)
 
     def _judge(self, pictures: Tensor, labels: Tensor | None) -> Tensor:
         assert self.discriminator is not None
         if self.channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
-        return self.discriminator(_as_weights(pictures, self.discriminator), labels).float()
+        return self.discriminator(as_weights(pictures, self.discriminator), labels).float()
 
     def _judge_both(self, real: Tensor, made: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return logits of real and made pictures, which share no batch norm: Salimans et al. 2016, section 3.2."""
@@ -320,11 +321,6 @@ class _Pictures(nn.Module):
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> tuple[Tensor]:
         return (_as_pixels(self.generator(latents, labels)),)
-
-
-def _as_weights(x: Tensor, network: nn.Module) -> Tensor:
-    """Return a network's input in the precision of its weights; noise and losses are of float32 whatever that is."""
-    return x.to(next(network.parameters()).dtype)
 
 
 def _as_pixels(pictures: Tensor) -> Tensor:
