@@ -6,7 +6,7 @@ import sys
 from typing import NoReturn
 
 from lightning_bigmodels import __version__
-from lightning_bigmodels.errors import InputError, RunError, near, require
+from lightning_bigmodels.errors import InputError, RunError, known_error, near, require
 from lightning_bigmodels.recipe_files import list_recipes
 
 VERBS = {
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        cause = _known_error(error)
+        cause = known_error(error)
         if cause is None:
             raise
         print(f"bigmodels: error: {_one_line(cause)}", file=sys.stderr)
@@ -159,17 +159,6 @@ def _one_line(error: InputError | RunError) -> str:
         # torch raises what a loader's worker raised anew, with the worker's traceback as its text
         text = text.rpartition(f"{type(error).__name__}: ")[2]
     return " ".join(text.split())
-
-
-def _known_error(error: BaseException | None) -> InputError | RunError | None:
-    """Find the error that explains itself also where Lightning or jsonargparse has wrapped it."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, (InputError, RunError)):
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from lightning_bigmodels.advice.report import Planned
 from lightning_bigmodels.advice.suit import Candidate, rank, tasks_of
 from lightning_bigmodels.cli import ConfigAction
 from lightning_bigmodels.cli_errors import explain
-from lightning_bigmodels.errors import InputError
+from lightning_bigmodels.errors import InputError, known_error
 from lightning_bigmodels.planner.flags import setting_from_lines
 from lightning_bigmodels.planner.hardware import Hardware, find_hardware
 from lightning_bigmodels.planner.plan import Plan, make_plan
@@ -87,7 +87,14 @@ class Builder:
         except ArgumentError as error:
             raise InputError(explain(error, self._parser)) from error
         lines = config.trainer.as_dict()
-        built = self._parser.instantiate_classes(Namespace(model=config.model, data=config.data))
+        try:
+            built = self._parser.instantiate_classes(Namespace(model=config.model, data=config.data))
+        except ValueError as error:
+            # jsonargparse wraps what a class refuses
+            cause = known_error(error)
+            if cause is None:
+                raise
+            raise cause from error
         return built.model, built.data, lines
 
     def num_parameters(self, recipe: RecipeFacts) -> int:

@@ -25,6 +25,17 @@ class RunError(RuntimeError):
     """
 
 
+def known_error(error: BaseException | None) -> InputError | RunError | None:
+    """Find the error that explains itself also where Lightning or jsonargparse has wrapped it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, (InputError, RunError)):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def refuse(message: str) -> None:
     """Raise an InputError; under `noting_refusals` note it, and return: the caller goes on without what is wrong.
 

@@ -74,6 +74,16 @@ def test_the_extra_for_pictures_is_named_where_it_is_missing(capsys, monkeypatch
     assert "pip install 'lightning-bigmodels[vision]'" in capsys.readouterr().err
 
 
+def test_a_recipe_whose_extra_is_missing_stands_beside_those_that_can_be_planned(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for number in range(6):
+        draw(tmp_path / f"{number}.png", number)
+    ask = ["--data", tmp_path, "--gpu", "l4", "--hours", 8, "--task", "generate", "--plans", 9, "--json"]
+    found = {each["recipe"]: each for each in json.loads(advise(capsys, *ask))["recipes"]}
+    assert found["gan/dcgan"]["fits"]
+    assert "pip install 'lightning-bigmodels[generative]'" in found["diffusion/ddpm"]["remark"]
+
+
 def test_data_without_a_recipe_are_described_all_the_same(capsys, tmp_path):
     path = tmp_path / "ratings.csv"
     path.write_text("user_id,item_id,rating\n" + "".join(f"{n % 5},{n % 7},3\n" for n in range(20)), encoding="utf-8")
